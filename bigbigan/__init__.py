@@ -1,0 +1,45 @@
+"""BigBiGAN in PyTorch: an image model that both draws and understands (arXiv 1907.02544)."""
+
+from bigbigan.config import (
+    BigBiGANConfig,
+    ConfigError,
+    DiscriminatorConfig,
+    EncoderConfig,
+    GeneratorConfig,
+    MLPConfig,
+    ModelInfo,
+    PreprocessConfig,
+)
+from bigbigan.discriminator import Discriminator, DiscriminatorOutput
+from bigbigan.encoder import Encoder, EncoderOutput
+from bigbigan.factory import create_model, list_models, reconstruct
+from bigbigan.generator import Generator
+from bigbigan.hub import DownloadError, load
+from bigbigan.images import BadImageError
+from bigbigan.model import BigBiGAN
+from bigbigan.modelfolder import WeightsError
+
+from bigbigan._version import __version__
+__all__ = [
+    "BadImageError",
+    "BigBiGAN",
+    "BigBiGANConfig",
+    "ConfigError",
+    "Discriminator",
+    "DiscriminatorConfig",
+    "DiscriminatorOutput",
+    "DownloadError",
+    "Encoder",
+    "EncoderConfig",
+    "EncoderOutput",
+    "Generator",
+    "GeneratorConfig",
+    "MLPConfig",
+    "ModelInfo",
+    "PreprocessConfig",
+    "WeightsError",
+    "create_model",
+    "list_models",
+    "load",
+    "reconstruct",
+]

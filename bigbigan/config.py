@@ -1,0 +1,323 @@
+"""Architectures as data: frozen dataclasses that go to JSON and back under a closed schema.
+
+Every detail of DeepMind's networks that no public source settles is a named field here with a default and the
+reason for it, so that a converter can set it from the module's graph and training can vary it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+import typing
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+MAX_CONFIG_BYTES = 64 * 1024
+PARTS = ("generator", "encoder", "discriminator")
+
+T = TypeVar("T")
+
+
+class ConfigError(ValueError):
+    """A configuration that is malformed, out of range or contradicts itself."""
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+def _check_range(owner: object, low: float, high: float, *names: str) -> None:
+    for name in names:
+        value = getattr(owner, name)
+        _require(
+            low <= value <= high, f"{type(owner).__name__}.{name} is {value!r}, outside {low:g} to {high:g}"
+        )
+
+
+@dataclass(frozen=True)
+class MLPConfig:
+    """Residual MLP: `layers / 2` blocks of two layers (paper, section 3 and appendix A).
+
+    The paper gives depth, width and "ResNet-style skips" only; the other fields take the ResNet-v2 reading of it.
+    """
+
+    width: int = 2048
+    layers: int = 8
+    activation: Literal["relu", "leaky_relu"] = "relu"
+    order: Literal["pre", "post"] = "pre"  # activation before each layer, or after it
+    first_activation: bool = False  # "pre" only: the first layer sees its raw input, as in the first block of F
+    last_activation: bool = True  # "pre" only: one activation after the last block, as in ResNet-v2
+    projection: Literal["auto", "always", "never"] = "auto"  # linear skip where widths differ; "never": no skip there
+    norm: Literal["none", "batch"] = "none"  # batch norm beside each activation
+    bias: bool = True
+
+    def __post_init__(self) -> None:
+        _check_range(self, 1, 65536, "width")
+        _check_range(self, 2, 64, "layers")
+        _require(self.layers % 2 == 0, f"MLPConfig.layers is {self.layers}; residual blocks take two layers each")
+
+
+# Multiples of the base width, from the seed outwards: G in block i has channels[i] -> channels[i + 1].
+GENERATOR_CHANNELS = {
+    32: (4, 4, 4, 4),
+    64: (16, 16, 8, 4, 2),
+    128: (16, 16, 8, 4, 2, 1),
+    256: (16, 16, 8, 8, 4, 2, 1),
+}
+# Multiples of the base width at the output of each block of F; the last block does not downsample at 64 and above.
+DISCRIMINATOR_CHANNELS = {
+    32: (4, 4, 4, 4),
+    64: (1, 2, 4, 8, 16),
+    128: (1, 2, 4, 8, 16, 16),
+    256: (1, 2, 4, 8, 8, 16, 16),
+}
+Resolution = Literal[32, 64, 128, 256]
+
+
+@dataclass(frozen=True)
+class GeneratorConfig:
+    """BigGAN generator without labels (paper, section 3; BigGAN's channel tables)."""
+
+    resolution: Resolution = 128
+    image_channels: int = 3
+    base_channels: int = 96
+    z_chunks: tuple[int, ...] = (20, 20, 20, 20, 20, 20)  # first to the seed, then one a block
+    prior: Literal["normal", "uniform"] = "normal"  # N(0, 1), or U(-1, 1)
+    shared_dim: int = 128  # training only: the learned vector in place of a class embedding; 0 trains plain biases
+    attention_resolution: int = 64  # 0: none
+    bn_eps: float = 1e-4  # as in DeepMind's released BigGAN
+    upsample_mode: Literal["nearest", "bilinear", "bilinear-aligned", "bilinear-asymmetric"] = "bilinear"
+    upsample_size: int = 256  # side of `upsampled`
+
+    def __post_init__(self) -> None:
+        _check_range(self, 1, 4, "image_channels")
+        _check_range(self, 1, 1024, "base_channels")
+        _check_range(self, 0, 4096, "shared_dim")
+        _check_range(self, 0, 256, "attention_resolution")
+        _check_range(self, 1e-12, 0.1, "bn_eps")
+        _check_range(self, self.resolution, 4096, "upsample_size")
+        expected = len(GENERATOR_CHANNELS[self.resolution])
+        _require(
+            len(self.z_chunks) == expected and all(1 <= n <= 4096 for n in self.z_chunks),
+            f"GeneratorConfig.z_chunks is {self.z_chunks}; {self.resolution} pixels take {expected} chunks of 1 to 4096",
+        )
+
+    @property
+    def z_dim(self) -> int:
+        return sum(self.z_chunks)
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """ResNet-v2 or RevNet trunk, average pool, residual MLP head, latent (paper, section 3).
+
+    Defaults are those of google/revisiting-self-supervised, which the paper's RevNets come from.
+    """
+
+    resolution: int = 256
+    image_channels: int = 3
+    architecture: Literal["resnet", "revnet"] = "resnet"
+    depths: tuple[int, ...] = (3, 4, 6, 3)
+    base_channels: int = 64  # 64 times the paper's width factor
+    block: Literal["bottleneck", "basic"] = "bottleneck"  # basic: two 3x3 convolutions, for small ResNets
+    stem: Literal["imagenet", "small"] = "imagenet"  # 7x7 stride 2 and a max-pool, or 3x3 stride 1
+    z_dim: int = 120
+    output: Literal["stochastic", "deterministic", "tanh"] = "stochastic"  # softplus deviations; none; bounded
+    head: MLPConfig = MLPConfig(width=4096, layers=4)
+    # Not settled by any public source: a converter reads these from the module.
+    stem_padding: Literal["explicit", "same"] = "explicit"  # symmetric zeros then VALID, or TensorFlow's SAME
+    strided_padding: Literal["explicit", "same"] = "explicit"
+    pool_padding: Literal["zero", "ignore", "same"] = "zero"  # stem max-pool sees zeros, ignores borders, or SAME
+    shortcut: Literal["preactivated", "raw"] = "preactivated"  # what projection shortcuts take
+    bn_eps: float = 1e-3
+    bn_affine: bool = True
+    last_relu: bool = True  # between the last batch norm and the average pool
+    feature_norm_eps: float = 1e-3  # batch norm behind bn_crelu_feat
+    feature_norm_affine: bool = False
+    spectral_norm: bool = False  # in training; the paper has it in G and D only
+
+    def __post_init__(self) -> None:
+        _check_range(self, 16, 1024, "resolution")
+        _check_range(self, 1, 4, "image_channels")
+        _check_range(self, 1, 4096, "base_channels", "z_dim")
+        _check_range(self, 1e-12, 0.1, "bn_eps", "feature_norm_eps")
+        _require(
+            1 <= len(self.depths) <= 6 and all(1 <= n <= 64 for n in self.depths),
+            f"EncoderConfig.depths is {self.depths}; give 1 to 6 stages of 1 to 64 units",
+        )
+        if self.architecture == "revnet":
+            _require(self.block == "bottleneck", "EncoderConfig.block must be 'bottleneck' for a revnet")
+            _require(self.base_channels % 2 == 0, "EncoderConfig.base_channels must be even for a revnet")
+
+    @property
+    def num_features(self) -> int:
+        """Channels of avepool_feat; bn_crelu_feat has twice as many."""
+        return self.base_channels * (4 if self.block == "bottleneck" else 1) * 2 ** (len(self.depths) - 1)
+
+
+@dataclass(frozen=True)
+class DiscriminatorConfig:
+    """F on images, H on latents, J on both (paper, section 2)."""
+
+    resolution: Resolution = 128
+    image_channels: int = 3
+    base_channels: int = 96
+    z_dim: int = 120
+    attention_resolution: int = 64  # 0: none
+    z_mlp: MLPConfig = MLPConfig()
+    joint_mlp: MLPConfig = MLPConfig()
+    combine: Literal["concat", "sum", "product"] = "concat"  # how J joins F(x) and H(z)
+    first_relu: bool = False  # a ReLU on the image itself would discard its negative half
+    last_skip: bool = True  # identity skip around blocks that keep width and resolution (the last, from 64 pixels up)
+    scores: tuple[Literal["x", "z", "xz"], ...] = ("x", "z", "xz")  # ("x",) is a plain GAN: F alone
+
+    def __post_init__(self) -> None:
+        _check_range(self, 1, 4, "image_channels")
+        _check_range(self, 1, 1024, "base_channels")
+        _check_range(self, 1, 4096, "z_dim")
+        _check_range(self, 0, 256, "attention_resolution")
+        _require(
+            bool(self.scores) and len(set(self.scores)) == len(self.scores),
+            f"DiscriminatorConfig.scores is {self.scores}; name one or more of x, z, xz, each once",
+        )
+        if self.combine != "concat":
+            _require(
+                self.num_features == self.z_mlp.width,
+                f"DiscriminatorConfig.combine {self.combine!r} needs F(x) and H(z) of one width; "
+                f"they have {self.num_features} and {self.z_mlp.width}",
+            )
+
+    @property
+    def num_features(self) -> int:
+        """Channels of F(x)."""
+        return self.base_channels * DISCRIMINATOR_CHANNELS[self.resolution][-1]
+
+
+@dataclass(frozen=True)
+class PreprocessConfig:
+    """From a picture to the encoder's input: crop, scale to `size`, pad by `pad`, map uint8 to [-1, 1]."""
+
+    size: int = 256
+    pad: int = 0  # black border on each side after scaling; size + 2 * pad is the encoder's resolution
+    crop: Literal["center", "resnet", "none"] = "center"  # largest centre square; TF's padded centre; squash
+    filter: Literal["bicubic", "bilinear", "lanczos", "box", "nearest"] = "bicubic"
+    polarity: Literal["natural", "light-on-dark"] = "natural"  # light-on-dark: trained on bright things on black
+
+    def __post_init__(self) -> None:
+        _check_range(self, 2, 4096, "size")
+        _check_range(self, 0, 256, "pad")
+
+    @property
+    def resolution(self) -> int:
+        return self.size + 2 * self.pad
+
+
+@dataclass(frozen=True)
+class BigBiGANConfig:
+    """A whole model; a part may be absent."""
+
+    generator: GeneratorConfig | None = GeneratorConfig()
+    encoder: EncoderConfig | None = EncoderConfig()
+    discriminator: DiscriminatorConfig | None = DiscriminatorConfig()
+    preprocess: PreprocessConfig = PreprocessConfig()
+
+    def __post_init__(self) -> None:
+        g, e, d = self.generator, self.encoder, self.discriminator
+        present = [part for part in (g, e, d) if part is not None]
+        _require(bool(present), "a model needs at least one of generator, encoder and discriminator")
+        for name in ("z_dim", "image_channels"):
+            values = {type(part).__name__: getattr(part, name) for part in present}
+            _require(len(set(values.values())) == 1, f"{name} differs between parts: {values}")
+        if g and d:
+            _require(
+                g.resolution == d.resolution,
+                f"the generator draws {g.resolution} pixels, the discriminator reads {d.resolution}",
+            )
+        if e:
+            _require(
+                self.preprocess.resolution == e.resolution,
+                f"preprocessing gives {self.preprocess.resolution} pixels, the encoder reads {e.resolution}",
+            )
+        if e and (g or d):
+            small = (g or d).resolution  # type: ignore[union-attr]
+            _require(e.resolution % small == 0, f"encoder resolution {e.resolution} is no multiple of {small}")
+        if e and g:
+            _require(
+                (g.prior == "uniform") <= (e.output != "stochastic"),
+                "a uniform prior needs a deterministic or tanh encoder",
+            )
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return tuple(name for name in PARTS if getattr(self, name) is not None)
+
+    @property
+    def z_dim(self) -> int:
+        return getattr(self, self.parts[0]).z_dim
+
+    @property
+    def image_channels(self) -> int:
+        return getattr(self, self.parts[0]).image_channels
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What a model says of itself; `provenance` holds JSON facts (metrics, commands, digests), never interpreted."""
+
+    name: str = ""
+    license: str = ""
+    source: str = ""  # one line: where the weights come from
+    provenance: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Any of these dataclasses as JSON-able data (tuples become lists)."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def from_dict(cls: type[T], data: Any, where: str = "") -> T:
+    """The dataclass `cls` from JSON data. Every field must be present and known.
+
+    Raises:
+        ConfigError: names the field (`where` leads to it) for a missing, unknown, mistyped or out-of-range value.
+    """
+    where = where or cls.__name__
+    _require(isinstance(data, dict), f"{where} is {type(data).__name__}, not an object")
+    hints = typing.get_type_hints(cls)
+    names = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    unknown, missing = sorted(set(data) - set(names)), sorted(set(names) - set(data))
+    _require(not unknown, f"{where} has unknown fields: {', '.join(unknown)[:200]}")
+    _require(not missing, f"{where} lacks fields: {', '.join(missing)}")
+    return cls(**{name: _value(hints[name], data[name], f"{where}.{name}") for name in names})
+
+
+def _value(hint: Any, value: Any, where: str) -> Any:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        return _value(next(arg for arg in args if arg is not type(None)), value, where)
+    if dataclasses.is_dataclass(hint):
+        return from_dict(typing.cast(type, hint), value, where)
+    if origin is Literal:
+        # `True == 1`: the type must agree too
+        _require(any(value == arg and type(value) is type(arg) for arg in args), _expected(where, value, args))
+        return value
+    if origin is tuple:
+        _require(isinstance(value, list) and len(value) <= 64, _expected(where, value, "a list of at most 64"))
+        return tuple(_value(args[0], item, f"{where}[{i}]") for i, item in enumerate(value))
+    if origin is dict:
+        _require(isinstance(value, dict), _expected(where, value, "an object"))
+        return value
+    if hint is float and type(value) is int:
+        value = float(value)
+    _require(type(value) is hint, _expected(where, value, hint.__name__))
+    if hint is str:
+        _require(len(value) <= 4096, f"{where} is longer than 4096 characters")
+    return value
+
+
+def _expected(where: str, value: Any, wanted: Any) -> str:
+    return f"{where} is {str(value)[:100]!r}; expected {wanted if isinstance(wanted, str) else ', '.join(map(repr, wanted))}"

@@ -1,0 +1,298 @@
+"""The whole model: preprocessing, the three networks, and what users call."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import fields
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from bigbigan import images as image_io
+from bigbigan.config import PARTS, BigBiGANConfig, ModelInfo
+from bigbigan.discriminator import Discriminator, DiscriminatorOutput
+from bigbigan.encoder import Encoder, EncoderOutput
+from bigbigan.generator import Generator
+from bigbigan.images import ImageLike
+
+PART_CLASSES: dict[str, type[Generator | Encoder | Discriminator]] = {
+    "generator": Generator,
+    "encoder": Encoder,
+    "discriminator": Discriminator,
+}
+TruncationMode = Literal["resample", "scale"]
+_LATENT_STREAM, _NOISE_STREAM = 0, 1
+
+
+class BigBiGAN(nn.Module):
+    """Generator, encoder and discriminator of one model; a part that was not asked for is None.
+
+    Made by `load` and `create_model`. Methods run without gradients, in batches of `batch_size` that do not change
+    the result beyond rounding; for gradients call `model.generator`, `model.encoder` and `model.discriminator`.
+    """
+
+    generator: Generator | None
+    encoder: Encoder | None
+    discriminator: Discriminator | None
+
+    def __init__(
+        self, config: BigBiGANConfig, parts: Sequence[str] | None = None, info: ModelInfo | None = None
+    ) -> None:
+        super().__init__()
+        self.config, self.info = config, info or ModelInfo()
+        wanted = check_parts(config, parts)
+        for name in PARTS:
+            self.add_module(name, PART_CLASSES[name](getattr(config, name)) if name in wanted else None)
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return tuple(name for name in PARTS if getattr(self, name) is not None)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
+
+    def preprocess(self, images: ImageLike | Sequence[ImageLike], **options: Any) -> Tensor:
+        """Paths, PIL images, uint8 arrays or a [-1, 1] tensor -> [N, C, S, S] in [-1, 1] at the encoder's resolution.
+
+        Options are those of `bigbigan.images.preprocess`: crop, invert, background, max_pixels.
+
+        Raises:
+            BadImageError: a picture cannot be read; it names the path and the reason.
+        """
+        x = image_io.preprocess(images, self.config.preprocess, self.config.image_channels, **options)
+        return x.to(self.device, self.dtype)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        z: int | Tensor = 1,
+        *,
+        seed: int | None = None,
+        generator: torch.Generator | None = None,
+        truncation: float | None = None,
+        truncation_mode: TruncationMode = "resample",
+        upsample: bool = False,
+        batch_size: int = 32,
+    ) -> Tensor:
+        """Images [N, C, S, S] in [-1, 1] from latents z [N, z_dim], or from that many draws (`sample_latents`).
+
+        `upsample` gives [N, C, upsample_size, upsample_size], as the module's `upsampled` output.
+        """
+        network = self._require("generator")
+        if isinstance(z, int):
+            options = {"seed": seed, "generator": generator, "truncation": truncation}
+            z = self.sample_latents(z, truncation_mode=truncation_mode, **options)  # type: ignore[arg-type]
+        elif seed is not None or generator is not None or truncation is not None:
+            raise ValueError("seed, generator and truncation apply to drawn latents; z was given")
+        z = self._check_latents(z)
+        out = [network(chunk) for chunk in z.split(batch_size)]
+        if upsample:
+            out = [network.upsample(chunk) for chunk in out]
+        return torch.cat(out)
+
+    def sample_latents(
+        self,
+        n: int,
+        *,
+        seed: int | None = None,
+        generator: torch.Generator | None = None,
+        truncation: float | None = None,
+        truncation_mode: TruncationMode = "resample",
+        start: int = 0,
+    ) -> Tensor:
+        """Latents [n, z_dim] from the prior.
+
+        With `seed`, row i depends on the seed and `start + i` alone, so that runs can be extended or split.
+
+        Args:
+            truncation: with "resample", values beyond it are drawn again (BigGAN, section 3.1); with "scale", all are
+                multiplied by it. Normal priors only.
+        """
+        if n < 1:
+            raise ValueError(f"cannot draw {n} latents; ask for at least 1")
+        prior = self._require("generator").config.prior
+        shape = (n, self.config.z_dim)
+        if seed is not None and generator is not None:
+            raise ValueError("give a seed or a torch.Generator, not both")
+        if seed is not None:
+            u = indexed_uniform(seed, start, shape, _LATENT_STREAM)
+        else:
+            u = torch.rand(shape, generator=generator or fresh_generator(), dtype=torch.float64)
+        if prior == "uniform":
+            if truncation is not None:
+                raise ValueError("truncation is defined for normal latents; this model's are uniform")
+            return (2 * u - 1).to(self.device, self.dtype)
+        if truncation is not None and not 0 < truncation < math.inf:
+            raise ValueError(f"truncation is {truncation}; it must be positive (1 or less is usual)")
+        if truncation_mode not in ("resample", "scale"):
+            raise ValueError(f"truncation_mode is {truncation_mode!r}; choose 'resample' or 'scale'")
+        resample = truncation is not None and truncation_mode == "resample"
+        z = uniform_to_normal(u, truncation if resample else None)
+        if truncation is not None and not resample:
+            z = z * truncation
+        return z.to(self.device, self.dtype)
+
+    @torch.no_grad()
+    def encode(
+        self,
+        images: ImageLike | Sequence[ImageLike],
+        *,
+        seed: int | None = None,
+        noise: Tensor | None = None,
+        start: int = 0,
+        batch_size: int = 32,
+        **options: Any,
+    ) -> EncoderOutput:
+        """Features and latents of images (anything that `preprocess` takes).
+
+        The noise of z_sample is given as [N, z_dim], or drawn: with `seed`, by image index from `start` on, so that it
+        does not depend on the batch; else afresh.
+        """
+        network = self._require("encoder")
+        if seed is not None and noise is not None:
+            raise ValueError("give a seed or the noise itself, not both")
+        outputs = []
+        for chunk in _chunks(images, batch_size):
+            x = self.preprocess(chunk, **options)
+            index = start + sum(len(out) for out in outputs)
+            shape = (len(x), self.config.z_dim)
+            if noise is not None:
+                eps = noise[index - start : index - start + len(x)]
+                if eps.shape != shape:
+                    raise ValueError(f"noise is {list(noise.shape)}; expected [N, {shape[1]}], one row an image")
+            elif seed is not None:
+                eps = uniform_to_normal(indexed_uniform(seed, index, shape, _NOISE_STREAM))
+            else:
+                eps = torch.randn(shape, generator=fresh_generator())
+            outputs.append(network(x, eps.to(x)))
+        if noise is not None and len(noise) != sum(len(out) for out in outputs):
+            raise ValueError(f"noise has {len(noise)} rows for {sum(len(out) for out in outputs)} images")
+        return EncoderOutput(*(torch.cat([out[f.name] for out in outputs]) for f in fields(EncoderOutput)))
+
+    def reconstruct(
+        self,
+        images: ImageLike | Sequence[ImageLike],
+        *,
+        use_sample: bool = False,
+        upsample: bool = False,
+        seed: int | None = None,
+        batch_size: int = 32,
+        **options: Any,
+    ) -> Tensor:
+        """G(E(x)): images [N, C, S, S] in [-1, 1] from z_mean, or from z_sample with `use_sample`."""
+        self._require("generator")
+        out = self.encode(images, seed=seed, batch_size=batch_size, **options)
+        return self.generate(out.z_sample if use_sample else out.z_mean, upsample=upsample, batch_size=batch_size)
+
+    @torch.no_grad()
+    def discriminate(
+        self, x: ImageLike | Sequence[ImageLike], z: Tensor, *, batch_size: int = 32
+    ) -> DiscriminatorOutput:
+        """Scores score_x, score_z and score_xz, [N] each, of pairs of image and latent.
+
+        x is a tensor [N, C, S, S] in [-1, 1] at the discriminator's resolution, or anything that `preprocess` takes,
+        which is then mean-pooled from the encoder's resolution.
+        """
+        network = self._require("discriminator")
+        size = network.config.resolution
+        if not (isinstance(x, Tensor) and x.is_floating_point() and x.shape[-1] == size):
+            x = self.preprocess(x)
+            x = F.avg_pool2d(x, x.shape[-1] // size)
+        x, z = x.to(self.device, self.dtype), self._check_latents(z)
+        if x.ndim != 4 or len(x) != len(z):
+            raise ValueError(f"x is {list(x.shape)} and z {list(z.shape)}; expected [N, C, {size}, {size}] and [N, z_dim]")
+        out = [network(a, b) for a, b in zip(x.split(batch_size), z.split(batch_size), strict=True)]
+        scores = ([getattr(part, f.name) for part in out] for f in fields(DiscriminatorOutput))
+        return DiscriminatorOutput(*(None if column[0] is None else torch.cat(column) for column in scores))
+
+    def to_pil(self, images: Tensor) -> list[Image.Image]:
+        """[N, C, H, W] in [-1, 1] -> PIL images, RGB or L."""
+        return image_io.to_pil(images)
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Writes a model folder that `load` reads; a failure leaves what was there before."""
+        from bigbigan.modelfolder import save_folder
+
+        save_folder(self, folder)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Uploads the model folder with its card to the Hugging Face Hub (`bigbigan.hub.push_to_hub`); its address."""
+        from bigbigan.hub import push_to_hub
+
+        return push_to_hub(self, repo_id, **options)
+
+    def _require(self, part: str) -> Any:
+        network = getattr(self, part)
+        if network is None:
+            raise ValueError(f"this model was loaded without its {part}; it has {', '.join(self.parts)}")
+        return network
+
+    def _check_latents(self, z: Tensor) -> Tensor:
+        if z.ndim != 2 or z.shape[1] != self.config.z_dim or len(z) == 0:
+            raise ValueError(f"latents are {list(z.shape)}; expected [N, {self.config.z_dim}]")
+        return z.to(self.device, self.dtype)
+
+
+def check_parts(config: BigBiGANConfig, parts: Sequence[str] | None) -> tuple[str, ...]:
+    """The wanted parts in canonical order; all that the config has if None."""
+    if parts is None:
+        return config.parts
+    wanted = (parts,) if isinstance(parts, str) else tuple(parts)
+    for part in wanted:
+        if part not in config.parts:
+            raise ValueError(f"no part {part!r} in this model; it has {', '.join(config.parts)}")
+    if not wanted:
+        raise ValueError(f"parts is empty; choose from {', '.join(config.parts)}")
+    return tuple(name for name in PARTS if name in wanted)
+
+
+def fresh_generator() -> torch.Generator:
+    """Seeded from the system's entropy, so that torch's global generator is neither read nor moved."""
+    generator = torch.Generator()
+    generator.seed()
+    return generator
+
+
+def indexed_uniform(seed: int, start: int, shape: tuple[int, int], stream: int) -> Tensor:
+    """[n, dim] float64 in (0, 1); row i depends on seed, stream and `start + i` alone (Philox, one counter a row)."""
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"seed is {seed}; it must be in [0, 2**64)")
+    rows = []
+    for index in range(start, start + shape[0]):
+        bits = np.random.Philox(key=[seed, stream], counter=[0, 0, 0, index]).random_raw(shape[1])
+        rows.append((bits >> np.uint64(11)).astype(np.float64))
+    return (torch.from_numpy(np.stack(rows)) + 0.5) / 2**53
+
+
+def uniform_to_normal(u: Tensor, bound: float | None = None) -> Tensor:
+    """N(0, 1) from U(0, 1) by the inverse distribution function; with `bound`, given |z| <= bound.
+
+    That is the distribution of drawing again whatever lies outside.
+    """
+    if bound is not None:
+        low = torch.special.ndtr(torch.tensor(-bound, dtype=torch.float64))
+        u = low + u * (1 - 2 * low)
+    return torch.special.ndtri(u).float()
+
+
+def _chunks(images: Any, size: int) -> Iterator[Any]:
+    if isinstance(images, str | os.PathLike | Image.Image) or not isinstance(images, Sequence | Tensor | np.ndarray):
+        yield list(images) if isinstance(images, Iterable) and not isinstance(images, str | Image.Image) else images
+    elif isinstance(images, Sequence) or images.ndim == 4:
+        if len(images) == 0:
+            raise ValueError("no images given")
+        for i in range(0, len(images), size):
+            yield images[i : i + size]
+    else:
+        yield images

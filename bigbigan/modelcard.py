@@ -1,0 +1,80 @@
+"""The model card (README.md) of a model folder: Markdown with the Hugging Face Hub's metadata block."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bigbigan.model import BigBiGAN
+
+USES = {
+    "generator": "images = model.generate(8, seed=0)  # [8, C, S, S] in [-1, 1]",
+    "encoder": 'out = model.encode("image.png")  # out.z_mean, out.avepool_feat, …',
+    "discriminator": "scores = model.discriminate(x, z)  # score_x, score_z, score_xz",
+}
+
+
+def model_card(model: BigBiGAN, where: str = "path/to/this/folder") -> str:
+    """Text of README.md; `where` is what `load` takes to get the model (a folder, or `org/name` on the Hub)."""
+    info = model.info
+    name = _line(info.name) or "BigBiGAN model"
+    code = [
+        "from bigbigan import load",
+        "",
+        f"model = load({json.dumps(where)})",
+        *(USES[part] for part in model.parts),
+    ]
+    parts = []
+    for part in model.parts:
+        tensors = list(getattr(model, part).state_dict().values())
+        size, numbers = sum(t.numel() * t.element_size() for t in tensors), sum(t.numel() for t in tensors)
+        dtype = str(tensors[0].dtype).removeprefix("torch.")
+        parts.append((f"`{part}.safetensors`", f"{numbers:,}", dtype, f"{size / 1e6:,.1f} MB"))
+    sections = [
+        _metadata(model),
+        f"# {name}",
+        f"BigBiGAN ({', '.join(model.parts)}) for the Python package `bigbigan`.",
+        "```python\n" + "\n".join(code) + "\n```",
+        _table(("File", "Values", "Type", "Size"), parts),
+        "`config.json` has the architecture, and the size and SHA-256 of each file; loading checks them.",
+        f"**Source:** {_line(info.source) or 'not stated'}\n\n**License:** {_line(info.license) or 'not stated'}",
+    ]
+    if facts := list(flatten(info.provenance)):
+        sections += ["## Provenance", _table(("Fact", "Value"), facts)]
+    return "\n\n".join(sections) + "\n"
+
+
+def _metadata(model: BigBiGAN) -> str:
+    task = {"generator": "unconditional-image-generation", "encoder": "image-feature-extraction"}
+    lines = ["library_name: bigbigan"]
+    if model.info.license:
+        if re.fullmatch(r"[a-z0-9][a-z0-9.\-]*", model.info.license):
+            lines.append(f"license: {model.info.license}")
+        else:  # the Hub knows licences by lower-case identifiers; a JSON string is a YAML string
+            lines += ["license: other", f"license_name: {json.dumps(_line(model.info.license)[:80])}"]
+    if tasks := [task[part] for part in model.parts if part in task]:
+        lines.append(f"pipeline_tag: {tasks[0]}")
+    lines += ["tags:", "- bigbigan", "- gan", "- representation-learning"]
+    return "\n".join(["---", *lines, "---"])
+
+
+def flatten(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    """Leaves of nested dictionaries as (dotted path, text)."""
+    if isinstance(value, dict) and value:
+        for key, child in value.items():
+            yield from flatten(child, f"{path}.{key}" if path else str(key))
+    elif path:
+        yield path, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+    lines = [header, ("---",) * len(header), *rows]
+    return "\n".join("| " + " | ".join(_line(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def _line(text: str) -> str:
+    """One line of text that cannot open HTML."""
+    return " ".join(text.split()).replace("<", "&lt;")

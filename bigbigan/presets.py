@@ -1,0 +1,154 @@
+"""Named architectures: the two that DeepMind released, every row of the paper's Table 1, and small ones."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass, replace
+
+from bigbigan.config import (
+    BigBiGANConfig,
+    DiscriminatorConfig,
+    EncoderConfig,
+    GeneratorConfig,
+    MLPConfig,
+    PreprocessConfig,
+    Resolution,
+)
+
+EMBEDDED = "bigbigan-fashion-mnist-32"
+
+
+@dataclass(frozen=True)
+class HubEntry:
+    """Where converted weights of a preset are published: repository, commit and digests together, or none at all."""
+
+    repo_id: str
+    revision: str  # 40 hexadecimal digits
+    sha256: dict[str, str]  # by part
+
+
+@dataclass(frozen=True)
+class Preset:
+    name: str
+    config: BigBiGANConfig
+    description: str
+    origin: str
+    hub: HubEntry | None = None
+
+
+# 120 does not divide by the seven chunks of 256 pixels; no source says how they were cut, so the seed gets the rest.
+Z_CHUNKS: dict[int, tuple[int, ...]] = {64: (24,) * 5, 128: (20,) * 6, 256: (18, *(17,) * 6)}
+
+
+def imagenet(
+    encoder: EncoderConfig | None, *, resolution: Resolution = 128, base_channels: int = 96
+) -> BigBiGANConfig:
+    """The paper's model: G and F at `resolution`, E as given with its own input size."""
+    side = encoder.resolution if encoder else resolution
+    return BigBiGANConfig(
+        generator=GeneratorConfig(
+            resolution,
+            base_channels=base_channels,
+            z_chunks=Z_CHUNKS[resolution],
+            prior="uniform" if encoder and encoder.output == "tanh" else "normal",
+            upsample_size=side,
+        ),
+        encoder=encoder,
+        discriminator=DiscriminatorConfig(resolution),
+        preprocess=PreprocessConfig(side),
+    )
+
+
+def _scores(config: BigBiGANConfig, *scores: str) -> BigBiGANConfig:
+    assert config.discriminator
+    return replace(config, discriminator=replace(config.discriminator, scores=scores))
+
+
+def small(
+    image_channels: int,
+    preprocess: PreprocessConfig,
+    *,
+    base_channels: int = 16,
+    encoder_channels: int = 32,
+    depths: tuple[int, ...] = (1, 1, 1, 1),
+    z_chunk: int = 16,
+    mlp: int = 192,
+    head: int = 256,
+) -> BigBiGANConfig:
+    """A model for 32 pixels: basic ResNet-v2 units without early downsampling, MLPs of four layers."""
+    z_dim = 4 * z_chunk
+    joint = MLPConfig(mlp, 4)
+    return BigBiGANConfig(
+        generator=GeneratorConfig(
+            32, image_channels, base_channels, (z_chunk,) * 4, shared_dim=0, attention_resolution=0, upsample_size=64
+        ),
+        encoder=EncoderConfig(
+            32, image_channels, "resnet", depths, encoder_channels, "basic", "small", z_dim, head=MLPConfig(head, 4)
+        ),
+        discriminator=DiscriminatorConfig(32, image_channels, base_channels, z_dim, 0, joint, joint),
+        preprocess=preprocess,
+    )
+
+
+_R50_128, _R50 = EncoderConfig(128), EncoderConfig(256)
+_REVNET = EncoderConfig(256, architecture="revnet")
+_BASE = imagenet(_R50_128)
+_GREY = PreprocessConfig(28, pad=2, polarity="light-on-dark")
+
+_TABLE_1: dict[str, tuple[BigBiGANConfig, str]] = {
+    "base": (_BASE, "Base: ResNet-50 encoder, everything at 128 pixels"),
+    "deterministic-e": (imagenet(replace(_R50_128, output="deterministic")), "Deterministic E"),
+    "uniform-pz": (imagenet(replace(_R50_128, output="tanh")), "Uniform P_z: U(-1, 1), tanh encoder"),
+    "x-unary-only": (_scores(_BASE, "x", "xz"), "x Unary Only: no s_z"),
+    "z-unary-only": (_scores(_BASE, "z", "xz"), "z Unary Only: no s_x"),
+    "no-unaries": (_scores(_BASE, "xz"), "No Unaries (BiGAN): s_xz alone"),
+    "small-g-32": (imagenet(_R50_128, base_channels=32), "Small G (32): 32 base channels in G"),
+    "small-g-64": (imagenet(_R50_128, base_channels=64), "Small G (64): 64 base channels in G"),
+    "no-e": (_scores(imagenet(None), "x"), "No E (GAN): F and s_x alone"),
+    "high-res-e-256": (imagenet(_R50), "High Res E (256)"),
+    "low-res-g-64": (imagenet(_R50, resolution=64), "Low Res G (64)"),
+    "high-res-g-256": (imagenet(_R50, resolution=256), "High Res G (256)"),
+    "resnet101": (imagenet(replace(_R50, depths=(3, 4, 23, 3))), "ResNet-101"),
+    "resnet50x2": (imagenet(replace(_R50, base_channels=128)), "ResNet x2"),
+    "revnet50": (imagenet(_REVNET), "RevNet"),
+    "revnet50x2": (imagenet(replace(_REVNET, base_channels=128)), "RevNet x2"),
+    "revnet50x4-base-lr": (imagenet(replace(_REVNET, base_channels=256)), "RevNet x4"),
+    "resnet50": (imagenet(_R50), "ResNet (up E LR): released by DeepMind"),
+    "revnet50x4": (imagenet(replace(_REVNET, base_channels=256)), "RevNet x4 (up E LR): released by DeepMind"),
+}
+_SMALL: dict[str, tuple[BigBiGANConfig, str, str]] = {
+    "fashion-mnist-32": (small(1, _GREY), "Fashion-MNIST, grey", "trained by this project"),
+    "mnist-32": (small(1, _GREY), "MNIST, grey", "this project"),
+    "cifar10-32": (small(3, PreprocessConfig(32)), "CIFAR-10", "this project"),
+    "tiny": (
+        small(3, PreprocessConfig(32), base_channels=2, encoder_channels=4, z_chunk=2, mlp=16, head=16),
+        "for trying things out in seconds",
+        "this project",
+    ),
+}
+
+PRESETS: dict[str, Preset] = {
+    preset.name: preset
+    for preset in (
+        *(Preset(f"bigbigan-{k}", c, f"Table 1, {d}", "BigBiGAN paper") for k, (c, d) in _TABLE_1.items()),
+        *(Preset(f"bigbigan-{k}", c, d, origin) for k, (c, d, origin) in _SMALL.items()),
+    )
+}
+
+
+def normalize(name: str) -> str:
+    """`_` counts as `-`, and case is ignored."""
+    return name.lower().replace("_", "-")
+
+
+def get_preset(name: str) -> Preset:
+    """The preset of that name.
+
+    Raises:
+        ValueError: unknown name; the message lists close ones.
+    """
+    if (preset := PRESETS.get(normalize(name))) is not None:
+        return preset
+    close = difflib.get_close_matches(normalize(name), PRESETS, n=3)
+    hint = f"did you mean {' or '.join(close)}?" if close else "`bigbigan list` shows all"
+    raise ValueError(f"no preset {name!r}; {hint}")

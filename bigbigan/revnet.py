@@ -1,0 +1,62 @@
+"""RevNet trunk of the encoder (google/revisiting-self-supervised, `revnet`): two streams kept apart.
+
+One residual function a unit: y1 = x1 + f(x2), y2 = x2, and the streams swap. Between stages both are mean-pooled and
+their concatenation is zero-padded by half its channels on each side.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bigbigan.config import EncoderConfig
+from bigbigan.layers import Layers, NormReLU
+from bigbigan.resnet import Stem, StridedConv2d, final_norm
+
+
+class RevNetUnit(nn.Module):
+    """(x1, x2) -> (x2, x1 + f(x2)) with f a pre-activation bottleneck on half the channels."""
+
+    def __init__(self, layers: Layers, config: EncoderConfig, channels: int):
+        super().__init__()
+        outer, inner = channels // 2, channels // 8
+        widths = (outer, inner, inner, outer)
+        self.norms = nn.ModuleList(NormReLU(n, config.bn_eps, config.bn_affine) for n in widths[:-1])
+        self.convs = nn.ModuleList(
+            StridedConv2d(layers, a, b, k, 1, "explicit")
+            for a, b, k in zip(widths[:-1], widths[1:], (1, 3, 1), strict=True)
+        )
+
+    def residual(self, x: Tensor) -> Tensor:
+        for norm, conv in zip(self.norms, self.convs, strict=True):
+            x = conv(norm(x))  # [N, channels / 8, H, W], at last [N, channels / 2, H, W]
+        return x
+
+    def forward(self, x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor]:  # [N, channels / 2, H, W] each
+        return x2, x1 + self.residual(x2)
+
+
+class RevNet(nn.Module):
+    """Stem, reversible stages and final norm: [N, C, S, S] -> [N, num_features, S / 32, S / 32]."""
+
+    def __init__(self, config: EncoderConfig, layers: Layers):
+        super().__init__()
+        widths = [config.base_channels * 4 * 2**stage for stage in range(len(config.depths))]
+        self.stem = Stem(layers, config, widths[0])
+        self.stages = nn.ModuleList(
+            nn.ModuleList(RevNetUnit(layers, config, width) for _ in range(depth))
+            for width, depth in zip(widths, config.depths, strict=True)
+        )
+        self.norm = final_norm(config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x1, x2 = self.stem(x).chunk(2, dim=1)  # [N, 2 * base_channels, S / 4, S / 4] each
+        for i, stage in enumerate(self.stages):
+            if i > 0:  # zeros outside: (0, x1) and (x2, 0), twice the channels at half the resolution
+                half = x1.shape[1]
+                x1 = F.pad(F.avg_pool2d(x1, 2), (0, 0, 0, 0, half, 0))
+                x2 = F.pad(F.avg_pool2d(x2, 2), (0, 0, 0, 0, 0, half))
+            for unit in stage:
+                x1, x2 = unit(x1, x2)
+        return self.norm(torch.cat([x1, x2], dim=1))

@@ -1,0 +1,52 @@
+"""What a run shows of itself at each snapshot: picture grids and scores on held-out training images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bigbigan.evaluation.linear_probe import linear_probe
+from bigbigan.images import make_grid, save_image
+from bigbigan.model import BigBiGAN
+from bigbigan.training.config import TrainConfig
+
+GRID_IMAGES = 32
+
+
+class Monitor:
+    """Scores a model by a linear probe on labelled training images, with the images it is scored on held out of the
+    probe's training (the networks see all images, never a label)."""
+
+    def __init__(self, images: Tensor, labels: Tensor, config: TrainConfig):
+        self.config = config
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(config.seed))
+        self.grid = images[order[:GRID_IMAGES].sort().values]
+        n, held = config.probe_images, config.probe_images // 3
+        labelled = order[labels[order] >= 0]
+        self.enabled = n > 0 and len(labelled) >= n + held and len(labels[labelled].unique()) > 1
+        self.images, self.labels = (images[labelled[: n + held]], labels[labelled[: n + held]]) if n else (images, labels)
+
+    @torch.no_grad()
+    def __call__(self, model: BigBiGAN, num_images: int, folder: Path) -> dict[str, float]:
+        """Writes `samples-….png` and `reconstructions-….png` (originals above reconstructions); returns scores."""
+        x = self.grid.float() / 127.5 - 1  # [N, C, S, S]
+        again = model.reconstruct(x)  # [N, C, s, s]
+        shown = torch.nn.functional.avg_pool2d(x, x.shape[-1] // again.shape[-1])
+        rows = torch.stack([shown.unflatten(0, (-1, 8)), again.unflatten(0, (-1, 8))], dim=1)  # [N / 8, 2, 8, C, s, s]
+        scale = max(1, 64 // again.shape[-1])
+        save_image(make_grid(rows.flatten(0, 2), 8, scale=scale), folder / f"reconstructions-{num_images:010d}.png")
+        samples = model.generate(64, seed=self.config.seed)
+        save_image(make_grid(samples, 8, scale=scale), folder / f"samples-{num_images:010d}.png")
+        scores = {"pixel_l1": round((again - shown).abs().mean().item(), 5)}
+        if self.enabled:
+            out = model.encode(self.images.float() / 127.5 - 1, seed=0, batch_size=256)
+            n = self.config.probe_images
+            for name in ("avepool_feat", "bn_crelu_feat"):
+                rows = out[name]
+                probe = linear_probe(
+                    rows[:n], self.labels[:n], rows[n:], self.labels[n:], l2_grid=(self.config.probe_l2,), holdout=0
+                )
+                scores[f"linear_{name}"] = round(probe.accuracy, 5)
+        return scores

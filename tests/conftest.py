@@ -1,0 +1,20 @@
+"""Fixtures shared by all tests."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Folder of evaluation data sets (BIGBIGAN_TEST_DATA, or `../shared/data` beside the checkout)."""
+    folder = Path(os.environ.get("BIGBIGAN_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"no data sets at {folder}; set BIGBIGAN_TEST_DATA to a folder with fashion_mnist/test.parquet …")
+    return folder
