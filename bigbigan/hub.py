@@ -29,7 +29,8 @@ logger = logging.getLogger(__name__)
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 RELEASED = ("bigbigan-resnet50", "bigbigan-revnet50x4")  # by DeepMind, as TF-Hub modules
-ATTEMPTS = 4  # at a file whose server answers 5xx: the client itself repeats its HEAD request only, not the GET
+ATTEMPTS, RETRY_SECONDS = 4, 10.0  # versions of the client differ in what they repeat, and for how long
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
 
 
 class DownloadError(OSError):
@@ -196,18 +197,32 @@ def _download(source: _Repository, filename: str) -> Path:
                 f"{described} is not in the cache, and downloads are off (local_files_only or HF_HUB_OFFLINE). "
                 "Load it once with a connection"
             )
+    start = time.monotonic()
     for attempt in range(ATTEMPTS):
         try:
             return Path(huggingface_hub.hf_hub_download(**where, token=source.token))
         except errors.HFValidationError:  # a ValueError that says what a name may be
             raise
         except Exception as error:  # the transports of the client's versions (requests, httpx) share no base class
-            response = getattr(error, "response", None)
-            if attempt == ATTEMPTS - 1 or getattr(response, "status_code", 0) < 500:
+            if attempt == ATTEMPTS - 1 or time.monotonic() - start > RETRY_SECONDS or _is_final(error):
                 raise DownloadError(f"{described}: {_advice(error, source, filename)}") from error
             logger.warning("%s: %s; trying again", described, error)
             time.sleep(2**attempt / 2)
     raise AssertionError("unreachable")
+
+
+def _origin(error: Exception) -> BaseException:
+    """The client says that a file is not in its cache whatever was wrong with the request; the cause tells."""
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    return error.__cause__ if isinstance(error, LocalEntryNotFoundError) and error.__cause__ else error
+
+
+def _is_final(error: Exception) -> bool:
+    """Whether asking again is of no use: the Hub said no, or the disk did."""
+    origin = _origin(error)
+    status = getattr(getattr(origin, "response", None), "status_code", 500)
+    return status < 500 or (isinstance(origin, OSError) and origin.errno in DISK_ERRORS)
 
 
 def _advice(error: Exception, source: _Repository, filename: str) -> str:
@@ -223,9 +238,9 @@ def _advice(error: Exception, source: _Repository, filename: str) -> str:
         if filename == modelfolder.CONFIG_NAME:
             return "the repository has no such file, so it is not a bigbigan model folder"
         return f"{modelfolder.CONFIG_NAME} lists this file, but the repository lacks it: its upload is not complete"
-    cause = error.__cause__ if isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__ else error
-    text = f"{type(cause).__name__}: {' '.join(str(cause).split())[:300]}"
-    if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+    origin = _origin(error)
+    text = f"{type(origin).__name__}: {' '.join(str(origin).split())[:300]}"
+    if isinstance(origin, OSError) and origin.errno in DISK_ERRORS:
         return f"{text}. Make room, or name another folder by cache_dir= or HF_HOME"
     return f"{text}. Check the connection, the proxy and HF_ENDPOINT (now {constants.ENDPOINT}), then try again"
 

@@ -15,7 +15,7 @@ import re
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -136,10 +136,16 @@ def environment(tmp_path: Path, url: str, **variables: str) -> dict[str, str]:
     }
 
 
-def assert_cache_is_sound(cache: Path) -> None:
-    """No leftovers, and every blob has the content that its name says."""
-    assert not list(cache.rglob("*.incomplete")) and not list(cache.rglob("*.tmp"))
+def assert_cache_is_sound(cache: Path, unfinished: Iterable[str] = ()) -> None:
+    """No leftovers, and every blob has the content that its name says.
+
+    Older clients keep the part of an `unfinished` file that they got, to go on from there.
+    """
+    for leftover in (*cache.rglob("*.incomplete"), *cache.rglob("*.tmp")):
+        assert leftover.relative_to(cache).parts[0].removeprefix("models--org--") in unfinished, leftover
     for blob in cache.glob("models--*/blobs/*"):
+        if blob.name.endswith(".incomplete"):
+            continue
         content = blob.read_bytes()
         git = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
         assert blob.name in (hashlib.sha256(content).hexdigest(), git), blob
@@ -246,6 +252,9 @@ def test_cold_warm_pinned_and_offline(server: FakeHub, saved: Path, tmp_path: Pa
     assert_cache_is_sound(tmp_path / "hf" / "hub")
 
     server.requests.clear()
+    (again,) = run(environment(tmp_path, server.url), without_network, f"org/tiny@{commit}")
+    assert again == expected and server.requests == []
+
     warm, cold = run(
         environment(tmp_path, server.url, HF_HUB_OFFLINE="1"), without_network, "org/tiny", "org/unknown"
     )
@@ -257,7 +266,11 @@ def test_cold_warm_pinned_and_offline(server: FakeHub, saved: Path, tmp_path: Pa
     nobody = "http://127.0.0.1:9"
     warm, cold = run(environment(tmp_path, nobody), attempts, "org/tiny", "org/unknown")
     assert warm == expected
-    assert cold["error"] == "DownloadError" and nobody in cold["message"] and "ConnectError" in cold["message"]
+    assert (
+        cold["error"] == "DownloadError"
+        and nobody in cold["message"]
+        and re.search("Connect(ion)?Error", cold["message"])
+    )
 
 
 def load_while_the_branch_moves(url: str) -> list[dict[str, Any]]:
@@ -297,12 +310,14 @@ FAULTS: dict[str, tuple[list[Fault], dict[str, bytes | None], str | None, str]] 
     "cut": ([Fault("cut", times=1)], {}, None, ""),
     "cut-then-no-range": ([Fault("cut", times=1), Fault("no-range", times=1)], {}, None, ""),
     "drop": ([Fault("drop", times=1)], {}, None, ""),
-    "drop-for-ever": ([Fault("drop")], {}, "DownloadError", "RemoteProtocolError"),
-    "reset": ([Fault("reset")], {}, "DownloadError", "Error.*Check the connection"),
-    "short": ([Fault("short", times=1)], {}, "DownloadError", "should be of size"),
-    "long": ([Fault("long", times=1)], {}, "DownloadError", "should be of size"),
-    "html": ([Fault("html", times=1)], {}, "DownloadError", "should be of size"),
-    "html-config": ([Fault("html", "config.json", times=1)], {}, "DownloadError", "should be of size"),
+    "drop-for-ever": ([Fault("drop")], {}, "DownloadError", "RemoteProtocolError|RemoteDisconnected"),
+    "reset": ([Fault("reset", times=1)], {}, None, ""),
+    "reset-for-ever": ([Fault("reset")], {}, "DownloadError", "Error.*Check the connection"),
+    "short": ([Fault("short", times=1)], {}, None, ""),
+    "short-for-ever": ([Fault("short")], {}, "DownloadError", "should be of size"),
+    "long": ([Fault("long")], {}, "DownloadError", "should be of size"),
+    "html": ([Fault("html")], {}, "DownloadError", "should be of size"),
+    "html-config": ([Fault("html", "config.json")], {}, "DownloadError", "should be of size"),
     "flip": ([Fault("flip", times=1)], {}, "WeightsError", "has sha256 .*removed from the cache: load again"),
     "flip-config": ([Fault("flip", "config.json", times=1)], {}, "ConfigError", "removed from the cache: load again"),
     "404": ([Fault("404", "config.json", "HEAD")], {}, "DownloadError", "404"),
@@ -355,7 +370,7 @@ def test_faults_give_one_error_and_no_bad_file(
     assert out["name"]["error"] == "HFValidationError"
     assert out["parts"]["error"] == "ValueError"
     assert "org/flip has no discriminator; it has generator, encoder" in out["parts"]["message"]
-    assert_cache_is_sound(tmp_path / "hf" / "hub")
+    assert_cache_is_sound(tmp_path / "hf" / "hub", unfinished=FAULTS.keys() - HEALS)
 
 
 def test_a_captive_portal_is_recognised(tmp_path: Path, server: FakeHub) -> None:

@@ -264,5 +264,8 @@ def load_optimizer(
     entries: dict[int, dict[str, Tensor]] = {index: {} for index in state["initialized"]}
     for name, tensor in tensors.items():
         number, key = name.split(".")
-        entries[int(number)][key] = tensor.clone()  # torch would keep ours and update it in place
+        parameter = parameters[int(number)][0]
+        # The parameter's memory layout too: fused Adam walks all of them in storage order.
+        like = torch.empty_like(parameter) if tensor.dim() else tensor
+        entries[int(number)][key] = torch.empty_like(like, dtype=tensor.dtype, device="cpu").copy_(tensor)
     optimizer.load_state_dict({"state": entries, "param_groups": groups})
