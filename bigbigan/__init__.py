@@ -1,5 +1,6 @@
 """BigBiGAN in PyTorch: an image model that both draws and understands (arXiv 1907.02544)."""
 
+from bigbigan._version import __version__
 from bigbigan.config import (
     BigBiGANConfig,
     ConfigError,
@@ -19,7 +20,6 @@ from bigbigan.images import BadImageError
 from bigbigan.model import BigBiGAN
 from bigbigan.modelfolder import WeightsError
 
-from bigbigan._version import __version__
 __all__ = [
     "BadImageError",
     "BigBiGAN",
@@ -38,6 +38,7 @@ __all__ = [
     "ModelInfo",
     "PreprocessConfig",
     "WeightsError",
+    "__version__",
     "create_model",
     "list_models",
     "load",

@@ -31,9 +31,7 @@ def _require(condition: bool, message: str) -> None:
 def _check_range(owner: object, low: float, high: float, *names: str) -> None:
     for name in names:
         value = getattr(owner, name)
-        _require(
-            low <= value <= high, f"{type(owner).__name__}.{name} is {value!r}, outside {low:g} to {high:g}"
-        )
+        _require(low <= value <= high, f"{type(owner).__name__}.{name} is {value!r}, outside {low:g} to {high:g}")
 
 
 @dataclass(frozen=True)
@@ -101,7 +99,7 @@ class GeneratorConfig:
         expected = len(GENERATOR_CHANNELS[self.resolution])
         _require(
             len(self.z_chunks) == expected and all(1 <= n <= 4096 for n in self.z_chunks),
-            f"GeneratorConfig.z_chunks is {self.z_chunks}; {self.resolution} pixels take {expected} chunks of 1 to 4096",
+            f"GeneratorConfig.z_chunks is {self.z_chunks}; {self.resolution} pixels take {expected}, of 1 to 4096",
         )
 
     @property
@@ -320,4 +318,5 @@ def _value(hint: Any, value: Any, where: str) -> Any:
 
 
 def _expected(where: str, value: Any, wanted: Any) -> str:
-    return f"{where} is {str(value)[:100]!r}; expected {wanted if isinstance(wanted, str) else ', '.join(map(repr, wanted))}"
+    wanted = wanted if isinstance(wanted, str) else ", ".join(map(repr, wanted))
+    return f"{where} is {str(value)[:100]!r}; expected {wanted}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -55,7 +56,7 @@ class ImageDiscriminator(nn.Module):
         halvings = 2 if config.resolution == 32 else len(table) - 1
         self.blocks = nn.ModuleList(
             DiscriminatorBlock(layers, a, b, i < halvings, relu=i > 0 or config.first_relu, identity=config.last_skip)
-            for i, (a, b) in enumerate(zip(widths, widths[1:], strict=False))
+            for i, (a, b) in enumerate(itertools.pairwise(widths))
         )
         sides = [config.resolution >> min(i + 1, halvings) for i in range(len(table))]
         self.attention_index = sides.index(config.attention_resolution) if config.attention_resolution in sides else -1

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -55,6 +57,13 @@ class Encoder(nn.Module):
         self.head = ResidualMLP(layers, config.head, features, config.bn_eps)
         # Means, then deviations before softplus.
         self.latent = layers.linear(config.head.width, config.z_dim * (2 if config.output == "stochastic" else 1))
+
+    @classmethod
+    def from_pretrained(cls, name: str | os.PathLike[str] | None = None, **options: Any) -> Encoder:
+        """The encoder of a model alone; `name` and options as for `bigbigan.load`."""
+        from bigbigan.hub import load
+
+        return load(name, parts=("encoder",), **options).part("encoder")
 
     @property
     def num_features(self) -> int:

@@ -53,6 +53,6 @@ def list_models(pattern: str = "*", *, pretrained: bool | None = None) -> list[s
 def reconstruct(
     images: ImageLike | Sequence[ImageLike], *, model: str | BigBiGAN | None = None, **options: Any
 ) -> Tensor:
-    """G(E(x)) of images, [N, C, S, S] in [-1, 1], by a model or the name of one (`load`); see `BigBiGAN.reconstruct`."""
+    """G(E(x)) of images, [N, C, S, S] in [-1, 1], by a model or one that `load` finds; see `BigBiGAN.reconstruct`."""
     loaded = model if isinstance(model, BigBiGAN) else hub.load(model, parts=("generator", "encoder"))
     return loaded.reconstruct(images, **options)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -52,6 +55,13 @@ class Generator(nn.Module):
         self.attention = SelfAttention(layers, widths[self.attention_index + 1]) if self.attention_index >= 0 else None
         self.norm = NormReLU(widths[-1], config.bn_eps)
         self.conv = layers.conv2d(widths[-1], config.image_channels, 3)
+
+    @classmethod
+    def from_pretrained(cls, name: str | os.PathLike[str] | None = None, **options: Any) -> Generator:
+        """The generator of a model alone; `name` and options as for `bigbigan.load`."""
+        from bigbigan.hub import load
+
+        return load(name, parts=("generator",), **options).part("generator")
 
     def forward(self, z: Tensor) -> Tensor:
         """z: [N, z_dim] -> images [N, image_channels, resolution, resolution] in [-1, 1]."""

@@ -11,7 +11,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,12 @@ import torch
 
 from bigbigan import integrity, modelfolder
 from bigbigan.config import PARTS, ConfigError
-from bigbigan.integrity import WeightsError
-from bigbigan.integrity import cache_dir as cache_dir
+from bigbigan.integrity import WeightsError, cache_dir
 from bigbigan.model import BigBiGAN
 from bigbigan.modelcard import model_card
 from bigbigan.presets import EMBEDDED, HubEntry, get_preset, normalize
+
+__all__ = ["DownloadError", "UploadError", "cache_dir", "load", "push_to_hub", "resolve"]
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +49,7 @@ class _Repository:
     repo_id: str
     revision: str | None
     cache_dir: str | os.PathLike[str] | None
-    token: str | bool | None
+    token: str | bool | None = field(repr=False)
     local_files_only: bool
 
 
@@ -110,7 +111,7 @@ def _locate(
     folder = Path(name).expanduser()
     if isinstance(name, os.PathLike) or folder.is_dir() or _looks_like_path(name):
         if not folder.is_dir():
-            raise FileNotFoundError(f"there is no folder {folder}")
+            raise modelfolder.missing_folder(folder)
         _refuse_revision(client, f"the folder {folder}")
         return folder, False
     name, at, revision = name.partition("@")
@@ -297,7 +298,8 @@ def _embedded() -> Path:
 
 
 def _looks_like_path(name: str) -> bool:
-    return name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name or name.endswith("/")
+    slashes = name.partition("@")[0].count("/")  # a revision may have some of its own
+    return name.startswith((".", "/", "~")) or slashes > 1 or "\\" in name or name.endswith("/")
 
 
 def _refuse_revision(client: _Repository, what: str) -> None:

@@ -7,6 +7,7 @@ from a `Layers` factory, so that one definition serves training (spectral norm o
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +25,7 @@ class SpectralNorm:
     training and in evaluation alike, so that a forward pass changes nothing; `advance_spectral_norm` stores it.
     """
 
-    weight: nn.Parameter
+    weight: Tensor
     u: Tensor
 
     def power_iteration(self) -> tuple[Tensor, Tensor]:
@@ -48,7 +49,7 @@ class SpectralNorm:
 
 
 class SpectralNormConv2d(SpectralNorm, nn.Conv2d):
-    def __init__(self, *args: int, **kwargs: bool):
+    def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.register_buffer("u", torch.empty(1, self.out_channels))
 
@@ -57,7 +58,7 @@ class SpectralNormConv2d(SpectralNorm, nn.Conv2d):
 
 
 class SpectralNormLinear(SpectralNorm, nn.Linear):
-    def __init__(self, *args: int, **kwargs: bool):
+    def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.register_buffer("u", torch.empty(1, self.out_features))
 

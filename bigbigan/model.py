@@ -89,7 +89,7 @@ class BigBiGAN(nn.Module):
 
         `upsample` gives [N, C, upsample_size, upsample_size], as the module's `upsampled` output.
         """
-        network = self._require("generator")
+        network = self.part("generator")
         if isinstance(z, int):
             options = {"seed": seed, "generator": generator, "truncation": truncation}
             z = self.sample_latents(z, truncation_mode=truncation_mode, **options)  # type: ignore[arg-type]
@@ -121,7 +121,7 @@ class BigBiGAN(nn.Module):
         """
         if n < 1:
             raise ValueError(f"cannot draw {n} latents; ask for at least 1")
-        prior = self._require("generator").config.prior
+        prior = self.part("generator").config.prior
         shape = (n, self.config.z_dim)
         if seed is not None and generator is not None:
             raise ValueError("give a seed or a torch.Generator, not both")
@@ -159,25 +159,25 @@ class BigBiGAN(nn.Module):
         The noise of z_sample is given as [N, z_dim], or drawn: with `seed`, by image index from `start` on, so that it
         does not depend on the batch; else afresh.
         """
-        network = self._require("encoder")
+        network = self.part("encoder")
         if seed is not None and noise is not None:
             raise ValueError("give a seed or the noise itself, not both")
-        outputs = []
+        outputs: list[EncoderOutput] = []
         for chunk in _chunks(images, batch_size):
             x = self.preprocess(chunk, **options)
-            index = start + sum(len(out) for out in outputs)
+            done = sum(len(out) for out in outputs)
             shape = (len(x), self.config.z_dim)
             if noise is not None:
-                eps = noise[index - start : index - start + len(x)]
+                eps = noise[done : done + len(x)]
                 if eps.shape != shape:
                     raise ValueError(f"noise is {list(noise.shape)}; expected [N, {shape[1]}], one row an image")
             elif seed is not None:
-                eps = uniform_to_normal(indexed_uniform(seed, index, shape, _NOISE_STREAM))
+                eps = uniform_to_normal(indexed_uniform(seed, start + done, shape, _NOISE_STREAM))
             else:
                 eps = torch.randn(shape, generator=fresh_generator())
             outputs.append(network(x, eps.to(x)))
-        if noise is not None and len(noise) != sum(len(out) for out in outputs):
-            raise ValueError(f"noise has {len(noise)} rows for {sum(len(out) for out in outputs)} images")
+        if noise is not None and len(noise) != (n := sum(map(len, outputs))):
+            raise ValueError(f"noise has {len(noise)} rows for {n} images")
         return EncoderOutput(*(torch.cat([out[f.name] for out in outputs]) for f in fields(EncoderOutput)))
 
     def reconstruct(
@@ -191,7 +191,7 @@ class BigBiGAN(nn.Module):
         **options: Any,
     ) -> Tensor:
         """G(E(x)): images [N, C, S, S] in [-1, 1] from z_mean, or from z_sample with `use_sample`."""
-        self._require("generator")
+        self.part("generator")
         out = self.encode(images, seed=seed, batch_size=batch_size, **options)
         return self.generate(out.z_sample if use_sample else out.z_mean, upsample=upsample, batch_size=batch_size)
 
@@ -204,14 +204,14 @@ class BigBiGAN(nn.Module):
         x is a tensor [N, C, S, S] in [-1, 1] at the discriminator's resolution, or anything that `preprocess` takes,
         which is then mean-pooled from the encoder's resolution.
         """
-        network = self._require("discriminator")
+        network = self.part("discriminator")
         size = network.config.resolution
         if not (isinstance(x, Tensor) and x.is_floating_point() and x.shape[-1] == size):
             x = self.preprocess(x)
             x = F.avg_pool2d(x, x.shape[-1] // size)
         x, z = x.to(self.device, self.dtype), self._check_latents(z)
         if x.ndim != 4 or len(x) != len(z):
-            raise ValueError(f"x is {list(x.shape)} and z {list(z.shape)}; expected [N, C, {size}, {size}] and [N, z_dim]")
+            raise ValueError(f"x is {list(x.shape)}, z {list(z.shape)}; expected [N, C, {size}, {size}] and [N, z_dim]")
         out = [network(a, b) for a, b in zip(x.split(batch_size), z.split(batch_size), strict=True)]
         scores = ([getattr(part, f.name) for part in out] for f in fields(DiscriminatorOutput))
         return DiscriminatorOutput(*(None if column[0] is None else torch.cat(column) for column in scores))
@@ -232,10 +232,15 @@ class BigBiGAN(nn.Module):
 
         return push_to_hub(self, repo_id, **options)
 
-    def _require(self, part: str) -> Any:
+    def part(self, part: str) -> Any:
+        """The network of that name.
+
+        Raises:
+            ValueError: the model was loaded without it.
+        """
         network = getattr(self, part)
         if network is None:
-            raise ValueError(f"this model was loaded without its {part}; it has {', '.join(self.parts)}")
+            raise ValueError(f"this model is without a {part}; it has {', '.join(self.parts)}")
         return network
 
     def _check_latents(self, z: Tensor) -> Tensor:

@@ -88,9 +88,7 @@ def read_config(path: str | os.PathLike[str]) -> FolderConfig:
     path = Path(path)
     if path.name != CONFIG_NAME:
         if not path.is_dir():
-            interrupted = _previous(path)
-            hint = f"; a save was interrupted: rename {interrupted} to {path.name}" if interrupted.is_dir() else ""
-            raise FileNotFoundError(f"there is no folder {path}{hint}")
+            raise missing_folder(path)
         path = path / CONFIG_NAME
     if not path.is_file():
         found = sorted(entry.name for entry in path.parent.iterdir())[:8] if path.parent.is_dir() else []
@@ -99,6 +97,13 @@ def read_config(path: str | os.PathLike[str]) -> FolderConfig:
         )
     with path.open("rb") as file:
         return _parse_config(file.read(MAX_CONFIG_BYTES + 1), str(path))
+
+
+def missing_folder(path: Path) -> FileNotFoundError:
+    """The error for a folder that does not exist."""
+    interrupted = _previous(path)
+    hint = f"; a save was interrupted: rename {interrupted} to {path.name}" if interrupted.is_dir() else ""
+    return FileNotFoundError(f"there is no folder {path}{hint}")
 
 
 def _parse_config(data: bytes, where: str) -> FolderConfig:

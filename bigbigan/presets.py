@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from bigbigan.config import (
     BigBiGANConfig,
@@ -40,9 +41,7 @@ class Preset:
 Z_CHUNKS: dict[int, tuple[int, ...]] = {64: (24,) * 5, 128: (20,) * 6, 256: (18, *(17,) * 6)}
 
 
-def imagenet(
-    encoder: EncoderConfig | None, *, resolution: Resolution = 128, base_channels: int = 96
-) -> BigBiGANConfig:
+def imagenet(encoder: EncoderConfig | None, *, resolution: Resolution = 128, base_channels: int = 96) -> BigBiGANConfig:
     """The paper's model: G and F at `resolution`, E as given with its own input size."""
     side = encoder.resolution if encoder else resolution
     return BigBiGANConfig(
@@ -59,7 +58,7 @@ def imagenet(
     )
 
 
-def _scores(config: BigBiGANConfig, *scores: str) -> BigBiGANConfig:
+def _scores(config: BigBiGANConfig, *scores: Literal["x", "z", "xz"]) -> BigBiGANConfig:
     assert config.discriminator
     return replace(config, discriminator=replace(config.discriminator, scores=scores))
 

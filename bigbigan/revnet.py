@@ -6,6 +6,8 @@ their concatenation is zero-padded by half its channels on each side.
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -57,6 +59,6 @@ class RevNet(nn.Module):
                 half = x1.shape[1]
                 x1 = F.pad(F.avg_pool2d(x1, 2), (0, 0, 0, 0, half, 0))
                 x2 = F.pad(F.avg_pool2d(x2, 2), (0, 0, 0, 0, 0, half))
-            for unit in stage:
-                x1, x2 = unit(x1, x2)
+            for unit in cast(nn.ModuleList, stage):
+                x1, x2 = unit(x1, x2)  # [N, 2^(i + 1) * base_channels, S / 2^(i + 2), …] each
         return self.norm(torch.cat([x1, x2], dim=1))

@@ -1,4 +1,4 @@
-"""Walks from one picture to another in latent space: python examples/interpolate.py [A B] [-m MODEL] [-o strip.png]"""
+"""Walks between two pictures in latent space: python examples/interpolate.py [A B] [-m MODEL] [-o strip.png]"""
 
 import argparse
 

@@ -60,9 +60,13 @@ def randomize(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
     return module
 
 
-def random_images(*shape: int, seed: int = 0) -> torch.Tensor:
-    """[N, C, H, W] uniform in [-1, 1], float64."""
-    return 2 * torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) - 1
+def random_images(n: int, channels: int, height: int, width: int, seed: int = 0) -> torch.Tensor:
+    """[n, channels, height, width] in [-1, 1], float64: noise on planes of random offset and slopes."""
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.rand(n, channels, height, width, generator=generator, dtype=torch.float64)
+    offset, down, across = 2 * torch.rand(3, n, channels, 1, 1, generator=generator, dtype=torch.float64) - 1
+    rows, columns = torch.linspace(-1, 1, height).double()[:, None], torch.linspace(-1, 1, width).double()
+    return (2 * noise - 1) / 4 + (offset + down * rows + across * columns) / 4
 
 
 def random_normal(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -36,13 +36,13 @@ if hasattr(CONTEXT, "set_forkserver_preload"):
 
 # Processes
 
-offline = False
+network = {"off": False}
 connections: list[tuple[str, str]] = []
 
 
 def watch(event: str, arguments: tuple[Any, ...]) -> None:
-    """Audit hook: no connection while `offline`."""
-    if offline and event in ("socket.connect", "socket.getaddrinfo", "socket.sendto"):
+    """Audit hook: no connection while the network is off."""
+    if network["off"] and event in ("socket.connect", "socket.getaddrinfo", "socket.sendto"):
         connections.append((event, str(arguments)))
         raise OSError("no network in this case")
 
@@ -76,8 +76,7 @@ def run(variables: dict[str, str], function: Callable[..., Any], *arguments: Any
 
 def attempt(name: str, without_network: bool = False, **options: Any) -> dict[str, Any]:
     """The outcome of `hub.load` as data."""
-    global offline
-    offline = without_network
+    network["off"] = without_network
     connections.clear()
     try:
         model = hub.load(name, **options)
@@ -85,7 +84,7 @@ def attempt(name: str, without_network: bool = False, **options: Any) -> dict[st
     except Exception as error:
         outcome = {"error": type(error).__name__, "message": str(error), "cause": type(error.__cause__).__name__}
     finally:
-        offline = False
+        network["off"] = False
     return outcome | {"connections": list(connections)}
 
 
@@ -339,6 +338,7 @@ HEALS = {name for name, (faults, _, error, _) in FAULTS.items() if error and fau
 def meet_faults(names: list[str]) -> dict[str, Any]:
     out: dict[str, Any] = {name: attempts(f"org/{name}", f"org/{name}") for name in names}
     out["revision"] = attempt("org/flip", revision="v9")
+    out["pull request"] = attempt("org/flip@refs/pr/7")
     out["name"] = attempt("org/a--b")
     out["parts"] = attempt("org/flip", parts=("discriminator",))
     return out
@@ -367,6 +367,7 @@ def test_faults_give_one_error_and_no_bad_file(
     for name, words in {"gated": "ask for it at http.*/org/gated", "missing": "no such repository.*token="}.items():
         assert out[name][0]["error"] == "DownloadError" and re.search(words, out[name][0]["message"]), out[name]
     assert out["revision"]["error"] == "DownloadError" and "no such revision" in out["revision"]["message"]
+    assert "org/flip at revision refs/pr/7: the repository has no such revision" in out["pull request"]["message"]
     assert out["name"]["error"] == "HFValidationError"
     assert out["parts"]["error"] == "ValueError"
     assert "org/flip has no discriminator; it has generator, encoder" in out["parts"]["message"]

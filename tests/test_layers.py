@@ -75,10 +75,10 @@ def test_spectral_norm_divides_by_one_power_iteration(layer: nn.Module) -> None:
 def test_power_iteration_bounds_the_norm_of_tiny_vectors_by_eps() -> None:
     layer = SpectralNormLinear(2, 2, bias=False).double()
     with torch.no_grad():
-        layer.weight.copy_(torch.diag(torch.tensor([1e-5, 1e-6])))
+        layer.weight.copy_(torch.diag(torch.tensor([1e-5, 1e-6], dtype=torch.float64)))
         layer.u.copy_(torch.tensor([[1.0, 0.0]]))
     # v = 1e-5 / 1e-4 = 0.1; W v = 1e-6; u = 1e-6 / 1e-4 = 0.01; sigma = u W v = 1e-8.
-    close(layer.power_iteration()[0], torch.tensor(1e-8, dtype=torch.float64), 1e-15)
+    close(layer.power_iteration()[0], 1e-8, 1e-15)
 
 
 @pytest.mark.parametrize("mode", [True, False], ids=["train", "eval"])
@@ -119,7 +119,7 @@ def test_effective_weight_has_spectral_norm_one_and_is_where_iterations_lead(lay
     close(torch.linalg.svdvals(effective.flatten(1))[0], torch.tensor(1.0, dtype=torch.float64))
     for _ in range(400):
         advance_spectral_norm(layer)
-    close(layer.normalized_weight().detach(), effective)
+    close(layer.normalized_weight(), effective)
 
 
 # ---- resampling fused with a convolution ----
@@ -144,9 +144,9 @@ def test_resampling_convolutions_against_nearest_repeats_and_block_means() -> No
     x = random_normal(3, 3, 6, 4)
     up, down = randomize(UpsampleConv2d(PLAIN, 3, 5)), randomize(DownsampleConv2d(PLAIN, 3, 5))
     repeated = nhwc(x).repeat(2, axis=1).repeat(2, axis=2)
-    close(up(x).detach(), nchw(reference.conv2d(repeated, Weights(up.state_dict()).at("conv"))))
+    close(up(x), nchw(reference.conv2d(repeated, Weights(up.state_dict()).at("conv"))))
     convolved = reference.conv2d(nhwc(x), Weights(down.state_dict()).at("conv"))
-    close(down(x).detach(), nchw(reference.mean_pool(convolved)))
+    close(down(x), nchw(reference.mean_pool(convolved)))
 
 
 # ---- batch norm ----
@@ -158,9 +158,9 @@ def test_batch_norm_trains_on_the_batch_and_evaluates_on_its_statistics() -> Non
     rows = nhwc(x).reshape(-1, 4)
     weight, bias = norm.weight.detach().numpy(), norm.bias.detach().numpy()
     batch = (nhwc(x) - rows.mean(0)) / np.sqrt(rows.var(0) + 0.1) * weight + bias  # np.var divides by N
-    close(norm.train()(x).detach(), nchw(batch))
+    close(norm.train()(x), nchw(batch))
     stored = (nhwc(x) - norm.running_mean.numpy()) / np.sqrt(norm.running_var.numpy() + 0.1) * weight + bias
-    close(norm.eval()(x).detach(), nchw(stored))
+    close(norm.eval()(x), nchw(stored))
 
 
 def test_norm_relu_and_one_dimensional_input() -> None:
@@ -183,7 +183,7 @@ def test_conditional_norm_has_gain_one_plus_linear_and_reads_the_chunk_before_th
     weights, rows = Weights(layer.state_dict()), np.tile(shared.numpy(), (3, 1))
     condition = np.concatenate([z.numpy(), rows], axis=1) if shared_dim else z.numpy()
     expected = reference.conditional_norm(nhwc(x), condition, weights, 1e-2, mode)
-    close(layer(x, z, shared if shared_dim else None).detach(), nchw(reference.relu(expected)))
+    close(layer(x, z, shared if shared_dim else None), nchw(reference.relu(expected)))
     if mode is False:
         assert not weights.unused()
 
@@ -269,7 +269,7 @@ def test_attention_against_einsum_and_softmax() -> None:
     x = 2 * random_normal(3, 16, 6, 4)
     weights = Weights(layer.state_dict())
     expected = nchw(reference.attention(nhwc(x), weights))
-    close(layer(x).detach(), expected)
+    close(layer(x), expected)
     assert not weights.unused() and (expected - x).abs().mean() > 0.1
     with torch.no_grad():
         layer.gamma.zero_()
@@ -288,15 +288,15 @@ MLP_VARIANTS = {
 
 
 @pytest.mark.parametrize("inputs", [5, 6], ids=["widths-differ", "widths-agree"])
-def test_residual_mlp_in_every_combination_of_its_fields(inputs: int) -> None:
+def test_residual_mlp_with_every_pair_of_its_fields(inputs: int) -> None:
     x = random_normal(3, inputs)
-    for values in itertools.product(*MLP_VARIANTS.values()):
+    for values in list(itertools.product(*MLP_VARIANTS.values()))[::7]:  # holds every pair of values
         config = MLPConfig(6, 4, **dict(zip(MLP_VARIANTS, values, strict=True)))
         layer = randomize(ResidualMLP(PLAIN, config, inputs, 0.01))
         weights = Weights(layer.state_dict())
-        close(layer.eval()(x).detach(), reference.residual_mlp(x.numpy(), weights, config, 0.01))
+        close(layer.eval()(x), reference.residual_mlp(x.numpy(), weights, config, 0.01))
         assert not weights.unused(), config
-        close(layer.train()(x).detach(), reference.residual_mlp(x.numpy(), weights, config, 0.01, True))
+        close(layer.train()(x), reference.residual_mlp(x.numpy(), weights, config, 0.01, True))
 
 
 def test_residual_mlp_has_two_layers_a_block() -> None:
@@ -359,11 +359,13 @@ def test_effective_state_is_the_training_form_with_exact_sigma(shared_dim: int) 
     before = {name: tensor.clone() for name, tensor in generator.state_dict().items()}
     plain.load_state_dict(dict(effective_state(generator)), strict=True)
     assert all(torch.equal(before[name], tensor) for name, tensor in generator.state_dict().items())
-    for _ in range(3000):
-        advance_spectral_norm(generator)
+    for layer in generator.modules():
+        if isinstance(layer, SpectralNormConv2d | SpectralNormLinear):
+            layer.u.copy_(torch.linalg.svd(layer.weight.detach().flatten(1)).U[None, :, 0])  # where iterations lead
+    advance_spectral_norm(generator)
     z = random_normal(3, 14)
     for mode in (True, False):
-        close(generator.train(mode)(z).detach(), plain.train(mode)(z).detach(), 1e-8)
+        close(generator.train(mode)(z), plain.train(mode)(z))
     assert generator(z).std() > 0.1  # far from a constant
 
 

@@ -44,9 +44,9 @@ def linear_probe(
 ) -> LinearProbeResult:
     """Accuracy on the test rows of a linear classifier trained on the training rows.
 
-    The last `holdout` rows of a seeded permutation of the training set choose the L2 strength (the strongest of equally
-    good ones); the classifier is then fitted again on all training rows and tested once. Features are centred, and
-    scaled to unit deviation if `standardize`, by the statistics of the rows fitted on; constant columns become 0.
+    The last `holdout` rows of a seeded permutation of the training set choose the L2 strength (of equally good ones
+    the strongest); the classifier is then fitted again on all training rows and tested once. Features are centred,
+    and scaled to unit deviation if `standardize`, by the statistics of the rows fitted on; constant columns become 0.
 
     Args:
         train_x: features [N, D]; fitted in float32, or in float64 if they come so.
@@ -81,21 +81,22 @@ def linear_probe(
             order = torch.randperm(len(train_x), generator=torch.Generator().manual_seed(seed)).to(train_x.device)
             fit, held = order[:-holdout], order[-holdout:]
             x, held_x = _standardize(train_x[fit], train_x[held], scale=standardize)
-            # Ten times the final tolerance: it moves an accuracy by less than the held-out rows can tell apart.
-            for l2, *solution in logistic_path(x, train_y[fit], grid, num_classes=len(classes), tolerance=1e-4):
-                scores[l2] = _top_k_accuracy(held_x, train_y[held], *solution, k=1)
-                if scores[l2] > max((score for other, score in scores.items() if other != l2), default=-1.0):
-                    best, start = l2, solution
+            solutions = {}
+            # Ten times the final tolerance moves an accuracy by less than the held-out rows can tell apart.
+            for l2, weight, bias in logistic_path(x, train_y[fit], grid, num_classes=len(classes), tolerance=1e-4):
+                solutions[l2], scores[l2] = (weight, bias), _top_k_accuracy(held_x, train_y[held], weight, bias, 1)
                 bar.update()
-            del x, held_x  # before the copy for the second fit
+            best = max(grid, key=scores.__getitem__)  # the first of equals
+            start = solutions[best]
+            del x, held_x  # before the copy for the last fit
             if best in (grid[0], grid[-1]):
                 logger.warning("the best L2 strength, %g, is at the edge of the grid %s: widen it", best, grid)
         x, test_x = _standardize(train_x, test_x, scale=standardize)
-        _, *solution = next(logistic_path(x, train_y, [best], num_classes=len(classes), start=start))
+        _, weight, bias = next(logistic_path(x, train_y, [best], num_classes=len(classes), start=start))
         bar.update()
     return LinearProbeResult(
-        accuracy=_top_k_accuracy(test_x, test_y, *solution, k=1),
-        top5=_top_k_accuracy(test_x, test_y, *solution, k=5) if len(classes) > 5 else None,
+        accuracy=_top_k_accuracy(test_x, test_y, weight, bias, 1),
+        top5=_top_k_accuracy(test_x, test_y, weight, bias, 5) if len(classes) > 5 else None,
         l2=best,
         holdout_accuracy=scores,
         n_train=len(train_x),
@@ -110,7 +111,7 @@ def logistic_path(
     l2_grid: Sequence[float],
     *,
     num_classes: int,
-    start: Sequence[Tensor] | None = None,
+    start: tuple[Tensor, Tensor] | None = None,
     tolerance: float = 1e-5,
     max_iterations: int = 2000,
 ) -> Iterator[tuple[float, Tensor, Tensor]]:
@@ -125,45 +126,53 @@ def logistic_path(
     features several times fewer passes over the data than on the weights themselves.
     """
     weight, bias = start if start is not None else (x.new_zeros(num_classes, x.shape[1]), x.new_zeros(num_classes))
-    weight, bias = weight.double(), bias.double().clone()
+    weight, bias = weight.double(), bias.double()
     gram = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64, device=x.device)
     for chunk in x.split(CHUNK):
         gram.addmm_(chunk.double().T, chunk.double())
     for l2 in l2_grid:
         bound = gram / (2 * len(x))
         bound.diagonal().add_(l2)
-        weight, bias = _minimize(x, y, l2, weight, bias, torch.linalg.cholesky(bound), tolerance, max_iterations)
+        objective = _Objective(x, y, l2, torch.linalg.cholesky(bound))
+        weight, bias = objective.minimize(weight, bias, tolerance, max_iterations)
         yield l2, weight, bias
 
 
-def _minimize(
-    x: Tensor, y: Tensor, l2: float, weight: Tensor, bias: Tensor, root: Tensor, tolerance: float, max_iterations: int
-) -> tuple[Tensor, Tensor]:
-    scaled, bias = (weight @ root).contiguous(), bias.clone()
-    optimizer = torch.optim.LBFGS(
-        [scaled, bias],
-        max_iter=max_iterations,
-        max_eval=2 * max_iterations,
-        tolerance_grad=tolerance,
-        tolerance_change=0,
-        history_size=20,
-        line_search_fn="strong_wolfe",
-    )
+@dataclass(frozen=True)
+class _Objective:
+    x: Tensor
+    y: Tensor
+    l2: float
+    root: Tensor  # L
 
-    def closure() -> Tensor:
-        weight = torch.linalg.solve_triangular(root, scaled, upper=False, left=False)
-        loss, weight_grad, bias.grad = _cross_entropy(x, y, weight, bias)
-        weight_grad += l2 * weight
-        scaled.grad = torch.linalg.solve_triangular(root.T, weight_grad, upper=True, left=False).contiguous()
-        return loss + l2 / 2 * weight.square().sum()
+    def minimize(self, weight: Tensor, bias: Tensor, tolerance: float, max_iterations: int) -> tuple[Tensor, Tensor]:
+        scaled, bias = (weight @ self.root).contiguous(), bias.clone()
+        optimizer = torch.optim.LBFGS(
+            [scaled, bias],
+            max_iter=max_iterations,
+            max_eval=2 * max_iterations,
+            tolerance_grad=tolerance,
+            tolerance_change=0,
+            history_size=20,
+            line_search_fn="strong_wolfe",
+        )
+        optimizer.step(lambda: self.evaluate(scaled, bias))
+        self.evaluate(scaled, bias)  # the last point tried need not be the one kept
+        slope = max(p.grad.abs().max().item() for p in (scaled, bias) if p.grad is not None)
+        if slope > tolerance:
+            logger.warning("L2 %g: L-BFGS stopped at gradient %.1e, short of %.1e", self.l2, slope, tolerance)
+        return self.unscale(scaled), bias
 
-    optimizer.step(closure)  # type: ignore[no-untyped-call]
-    closure()  # the line search may end on another point than the one it keeps
-    assert scaled.grad is not None and bias.grad is not None
-    slope = max(scaled.grad.abs().max().item(), bias.grad.abs().max().item())
-    if slope > tolerance:
-        logger.warning("logistic regression with L2 %g stopped at gradient %.1e, above %.1e", l2, slope, tolerance)
-    return torch.linalg.solve_triangular(root, scaled, upper=False, left=False), bias
+    def unscale(self, scaled: Tensor) -> Tensor:
+        return torch.linalg.solve_triangular(self.root, scaled, upper=False, left=False)
+
+    def evaluate(self, scaled: Tensor, bias: Tensor) -> Tensor:
+        """The objective; its gradients go to `.grad`. By hand, so that no chunk outlives its turn."""
+        weight = self.unscale(scaled)
+        loss, weight_grad, bias.grad = _cross_entropy(self.x, self.y, weight, bias)
+        weight_grad += self.l2 * weight
+        scaled.grad = torch.linalg.solve_triangular(self.root.T, weight_grad, upper=True, left=False).contiguous()
+        return loss + self.l2 / 2 * weight.square().sum()
 
 
 def _cross_entropy(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -185,9 +194,9 @@ def _top_k_accuracy(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, k: int) 
 
 
 def _standardize(fit: Tensor, other: Tensor, *, scale: bool) -> tuple[Tensor, Tensor]:
-    """Both by the mean and deviation of `fit`. Centring alone changes no solution, as the bias is free, only the pace."""
-    centred = fit - fit.mean(0, dtype=torch.float64).to(fit.dtype)
-    other = other - fit.mean(0, dtype=torch.float64).to(fit.dtype)
+    """Both by the mean and deviation of `fit`. As the bias is free, centring changes the pace but no solution."""
+    mean = fit.mean(0, dtype=torch.float64).to(fit.dtype)
+    centred, other = fit - mean, other - mean
     # Compared exactly: rounding leaves the deviation of a constant column small but not zero.
     factor = (fit.amax(0) > fit.amin(0)).to(fit.dtype)
     if scale:
@@ -202,7 +211,8 @@ def _features(x: Tensor, name: str) -> Tensor:
     x = x.detach().to(torch.float64 if x.dtype == torch.float64 else torch.float32)
     bad = ~x.isfinite().all(1)
     if bad.any():
-        raise ValueError(f"{name} has {int(bad.sum())} rows with NaN or infinity, the first is row {int(bad.nonzero()[0])}")
+        first = int(bad.nonzero()[0])
+        raise ValueError(f"{name} has {int(bad.sum())} rows with NaN or infinity, the first is row {first}")
     return x
 
 
@@ -212,6 +222,7 @@ def _labels(y: Tensor, x: Tensor, name: str) -> Tensor:
             f"{name}_y is {y.dtype} of shape {tuple(y.shape)}; expected integers [{len(x)}], one a row of {name}_x"
         )
     y = y.long().to(x.device)
-    if (y < 0).any():
-        raise ValueError(f"{name}_y has {int((y < 0).sum())} negative labels (unlabelled rows?): leave those rows out")
+    negative = int((y < 0).sum())
+    if negative:
+        raise ValueError(f"{name}_y has {negative} negative labels (unlabelled rows?): leave those rows out")
     return y

@@ -149,8 +149,7 @@ def _write(folder: Path, step: int, tensors: Groups, state: dict[str, Any]) -> N
     for group, members in tensors.items():
         # clones, since safetensors refuses shared storage and strides
         plain = {
-            name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-            for name, tensor in members.items()
+            name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in members.items()
         }
         data = safetensors.torch.save(plain)
         files[group + SUFFIX] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}

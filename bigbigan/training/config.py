@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
@@ -26,7 +27,7 @@ class TrainConfig:
     adam_beta2: float = 0.999
     adam_eps: float = 1e-8
     ema_halflife_images: float = 50_000.0
-    augmentation: AugmentationConfig = AugmentationConfig()
+    augmentation: AugmentationConfig = dataclasses.field(default_factory=AugmentationConfig)
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast, for devices with bf16 units
     seed: int = 0
     standing_passes: int = 100  # batches behind the statistics of an exported model

@@ -158,9 +158,7 @@ def open_dataset(
     if shards:
         counts = {int(match[1]) for shard in shards if (match := re.search(r"-of-(\d+)$", shard.stem))}
         if counts and counts != {len(shards)}:
-            raise ValueError(
-                f"{path} holds {len(shards)} of {max(counts)} {split}-*.parquet shards; fetch the others"
-            )
+            raise ValueError(f"{path} holds {len(shards)} of {max(counts)} {split}-*.parquet shards; fetch the others")
         return _open_parquet(shards, column, label_column, max_bad_fraction)
     if any(path.glob("*.parquet")):
         raise ValueError(f"{path} holds parquet files, but neither {split}.parquet nor {split}-*.parquet")

@@ -6,6 +6,7 @@ and `snapshots/` (model folders as `load` reads them: the newest and the best).
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import os
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from bigbigan.config import ConfigError, ModelInfo, from_dict, to_dict
@@ -73,7 +74,10 @@ def train(
     def make_batch(step: int, i: int) -> Batch:
         x = batches.at((step * config.batches_per_step + i) * size)
         shape, prior = (size, config.model.z_dim), config.model.generator.prior  # type: ignore[union-attr]
-        z, noise = draw_latents(config.seed, step, 2 * i, shape, prior), draw_latents(config.seed, step, 2 * i + 1, shape)
+        z, noise = (
+            draw_latents(config.seed, step, 2 * i, shape, prior),
+            draw_latents(config.seed, step, 2 * i + 1, shape),
+        )
         x, z, noise = (t.to(state.device) for t in (x, z, noise))
         return Batch(x.contiguous(memory_format=torch.channels_last), z, noise)
 
@@ -85,7 +89,7 @@ def train(
         tick, tick_step = time.monotonic(), step
         while step < total:
             # Update D, then G and E.
-            metrics = train_step(state, lambda i: make_batch(step, i), (step + 1) * size)
+            metrics = train_step(state, functools.partial(make_batch, step), (step + 1) * size)
             step += 1
             bar.update(size)
 
@@ -98,8 +102,7 @@ def train(
                 tick, tick_step = now, step
                 _write(log, record)
                 if bar.disable:
-                    left = (total - step) * size / rate / 60
-                    logger.info("%s, %.0f minutes left", json.dumps(record), left)
+                    logger.info("%s, %.0f minutes left", json.dumps(record), (total - step) * size / rate / 60)
 
             # Export a snapshot, look at it, and keep it if it is the best.
             stopping = bool(received) or time.monotonic() > deadline
@@ -129,7 +132,7 @@ def _prepare(run: Path, config: TrainConfig, dataset: ImageDataset) -> None:
         changes = list(_differences(found, wanted, ""))
         if changes:
             raise ConfigError(
-                f"{path} belongs to another run: {'; '.join(changes[:10])}. Choose another folder, or go back to its settings"
+                f"{path} belongs to another run: {'; '.join(changes[:10])}. Choose another folder, or its settings"
             )
         return
     for name in ("checkpoints", "samples", "snapshots"):
@@ -212,7 +215,7 @@ def _signals() -> Iterator[list[int]]:
         received.append(signum)
         signal.signal(signum, previous[signum])
 
-    for signum in (signal.SIGTERM, signal.SIGINT):
+    for signum in map(int, (signal.SIGTERM, signal.SIGINT)):
         previous[signum] = signal.getsignal(signum)
         signal.signal(signum, handle)
     try:

@@ -14,7 +14,9 @@ from bigbigan.discriminator import DiscriminatorOutput
 
 def discriminator_loss(real: DiscriminatorOutput, fake: DiscriminatorOutput) -> Tensor:
     """L_D = sum over s of E[max(0, 1 - s(real))] + E[max(0, 1 + s(fake))]; each score is clamped separately."""
-    terms = [F.relu(1 - s.float()).mean() for s in real.present()] + [F.relu(1 + s.float()).mean() for s in fake.present()]
+    terms = [F.relu(1 - s.float()).mean() for s in real.present()] + [
+        F.relu(1 + s.float()).mean() for s in fake.present()
+    ]
     return sum(terms[1:], terms[0])
 
 

@@ -26,7 +26,9 @@ class Monitor:
         n, held = config.probe_images, config.probe_images // 3
         labelled = order[labels[order] >= 0]
         self.enabled = n > 0 and len(labelled) >= n + held and len(labels[labelled].unique()) > 1
-        self.images, self.labels = (images[labelled[: n + held]], labels[labelled[: n + held]]) if n else (images, labels)
+        self.images, self.labels = (
+            (images[labelled[: n + held]], labels[labelled[: n + held]]) if n else (images, labels)
+        )
 
     @torch.no_grad()
     def __call__(self, model: BigBiGAN, num_images: int, folder: Path) -> dict[str, float]:

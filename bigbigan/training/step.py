@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bigbigan.config import BigBiGANConfig
 from bigbigan.discriminator import Discriminator, DiscriminatorOutput
 from bigbigan.encoder import Encoder
 from bigbigan.generator import Generator
@@ -58,7 +57,8 @@ class TrainingState:
         self.generator, self.encoder, self.discriminator = generator, encoder, discriminator
         for network in self.networks().values():
             network.to_empty(device="cpu")
-            initialize(network, draws).to(self.device, memory_format=torch.channels_last)
+            initialize(network, draws).to(self.device)
+            network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
             network.train()
         self.ema = {name: EMA(getattr(self, name), config.ema_halflife_images) for name in ("generator", "encoder")}
         betas = (config.adam_beta1, config.adam_beta2)

@@ -1,0 +1,76 @@
+"""The command `bigbigan`: its parser, and how what happens in a verb becomes messages and an exit code."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from bigbigan._version import __version__
+from bigbigan.commands import encode, evaluation, models, pictures, training
+from bigbigan.commands.options import help_formatter
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="bigbigan",
+        formatter_class=help_formatter,
+        description="BigBiGAN: draw images, encode them into features, and train models that do both.",
+        epilog="`bigbigan COMMAND --help` explains a command. Results go to stdout or to files, messages to stderr.\n"
+        "Exit codes: 0 done, 1 done in part or diverged, 2 wrong usage or no such model, 3 no image worked,\n"
+        "130 interrupted, 141 stdout was closed, 143 terminated.",
+    )
+    parser.add_argument("--version", action="version", version=f"bigbigan {__version__}")
+    commands = parser.add_subparsers(dest="verb", metavar="COMMAND", required=True, title="commands")
+    for group in (pictures, encode, models, training, evaluation):
+        group.add_parsers(commands)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs `argv` (default: the process's arguments) and returns the exit code; a stranger's error is raised."""
+    arguments = build_parser().parse_args(argv)
+    label = f"bigbigan {arguments.verb}"
+    with _messages(label, logging.WARNING if getattr(arguments, "quiet", False) else logging.INFO):
+        try:
+            code = arguments.run(arguments)
+            sys.stdout.flush()
+        except BrokenPipeError:  # `bigbigan list | head -1`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that flushing at exit is quiet
+            return 141
+        except KeyboardInterrupt:
+            print(f"{label}: interrupted", file=sys.stderr)
+            return 130
+        except (ValueError, OSError, ImportError) as error:
+            if isinstance(error, ModuleNotFoundError):  # not one of ours, which name the extra to install
+                raise
+            print(f"{label}: {_one_line(error)}", file=sys.stderr)
+            return 2
+    return code
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return str(error).replace("\n", " ") or type(error).__name__
+
+
+@contextmanager
+def _messages(label: str, level: int) -> Iterator[None]:
+    """The library's log and warnings as lines on stderr."""
+    handler, logger = logging.StreamHandler(sys.stderr), logging.getLogger("bigbigan")
+    handler.setFormatter(logging.Formatter(f"{label}: %(message)s"))
+    before = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(level)
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_, **__: print(f"{label}: {message}", file=sys.stderr)
+            yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before)

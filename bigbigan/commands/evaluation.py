@@ -1,0 +1,205 @@
+"""`evaluate linear`, `evaluate reconstruction`: figures of a model on labelled images, and what they rest on."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from bigbigan.commands.options import (
+    Commands,
+    add_command,
+    add_model_options,
+    help_formatter,
+    markdown_table,
+    names,
+    open_model,
+    positive,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from bigbigan.model import BigBiGAN
+    from bigbigan.training.data import ImageDataset
+
+DATA = (
+    "Data: a folder with train.parquet and test.parquet (Hugging Face layout: image, label; also in shards),\n"
+    "or with train/ and test/, each with a folder of images a class.\n"
+)
+ENDING = (
+    "Prints a Markdown table, then the record: figures, protocol, digests of model and data, versions.\n"
+    "Exit codes: 0 done, 2 wrong usage, no such model, or data that do not fit."
+)
+
+
+def add_parsers(commands: Commands) -> None:
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="measure a model on labelled images",
+        description="measure a model on labelled images",
+        formatter_class=help_formatter,
+    )
+    protocols = evaluate.add_subparsers(dest="protocol", metavar="PROTOCOL", required=True, title="protocols")
+
+    parser = add_command(
+        protocols,
+        "linear",
+        _linear,
+        "accuracy of a linear classifier on frozen features\n\n"
+        "Logistic regression on standardised features of the training split. Held-out training images choose the L2\n"
+        "strength; then it is fitted on all of them, and tested once on the test split.\n" + DATA,
+        "Example: bigbigan evaluate linear --data data/fashion_mnist --baselines --json linear.json\n" + ENDING,
+    )
+    _add_data_options(parser)
+    parser.add_argument(
+        "--features",
+        type=names,
+        default="avepool_feat,bn_crelu_feat",
+        metavar="LIST",
+        help="encoder outputs, with commas between (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--baselines",
+        action="store_true",
+        help="also on raw pixels, and on an untrained encoder, with initial and with estimated statistics",
+    )
+    parser.add_argument(
+        "--l2",
+        type=float,
+        nargs="+",
+        default=[1e-1, 1e-2, 1e-3, 1e-4, 1e-5],
+        metavar="L2",
+        help="(default: 0.1 … 1e-5)",
+    )
+    parser.add_argument(
+        "--holdout", type=positive, metavar="N", help="held-out images (default: 10000, or a sixth if that is less)"
+    )
+    parser.add_argument("--batch-size", type=positive, default=256, metavar="N", help="(default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of hold-out and baselines (default: %(default)s)")
+    add_model_options(parser)
+
+
+def _add_data_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data", required=True, metavar="PATH", help="labelled training and test images")
+    parser.add_argument("--json", metavar="FILE", help="write the record there instead of printing it")
+
+
+def _linear(arguments: argparse.Namespace) -> int:
+    from bigbigan.evaluation.features import extract_features
+    from bigbigan.evaluation.linear_probe import linear_probe
+
+    model = open_model(arguments, ("encoder",))
+    train, train_x = _load(arguments, "train", model)
+    test, test_x = _load(arguments, "test", model)
+    holdout = arguments.holdout or min(10_000, len(train) // 6)
+    progress, results = not arguments.quiet, []
+
+    def measure(what: str, feature: str, train_rows: Tensor, test_rows: Tensor) -> None:
+        probe = linear_probe(
+            train_rows,
+            train.labels,
+            test_rows,
+            test.labels,
+            l2_grid=arguments.l2,
+            holdout=holdout,
+            seed=arguments.seed,
+            progress=progress,
+        )
+        results.append({"representation": what, "feature": feature, **asdict(probe)})
+
+    for what, encoder in _encoders(arguments, model, train_x):
+        options = {"batch_size": arguments.batch_size, "progress": progress}
+        rows = [extract_features(encoder, x, arguments.features, **options) for x in (train_x, test_x)]
+        for feature in arguments.features:
+            measure(what, feature, *(split[feature] for split in rows))
+    if arguments.baselines:
+        measure("raw pixels", "pixels", *(x.flatten(1).float() / 127.5 - 1 for x in (train_x, test_x)))
+
+    header = ("Representation", "Feature", "Width", "Top-1 %", "Top-5 %", "L2")
+    table = [
+        (
+            result["representation"],
+            result["feature"],
+            str(result["num_features"]),
+            f"{100 * result['accuracy']:.2f}",
+            "-" if result["top5"] is None else f"{100 * result['top5']:.2f}",
+            f"{result['l2']:g}",
+        )
+        for result in results
+    ]
+    protocol = {
+        "name": "linear",
+        "classifier": "multinomial logistic regression, standardised features, no augmentation",
+    }
+    protocol |= {"l2_grid": arguments.l2, "holdout": holdout, "seed": arguments.seed}
+    _report(
+        arguments, markdown_table(header, table), _record(model, protocol, train=train, test=test, results=results)
+    )
+    return 0
+
+
+def _encoders(arguments: argparse.Namespace, model: BigBiGAN, images: Tensor) -> Iterator[tuple[str, BigBiGAN]]:
+    """The model, and its architecture untrained."""
+    from bigbigan import create_model
+    from bigbigan.training.export import standing_statistics
+
+    yield model.info.name or "model", model
+    if arguments.baselines:
+        untrained = create_model(model.config, parts=("encoder",), seed=arguments.seed, device=model.device)
+        yield "untrained encoder, initial statistics", untrained
+        standing_statistics(untrained, images, STANDING_PASSES, STANDING_BATCH)
+        yield "untrained encoder, estimated statistics", untrained
+
+
+STANDING_PASSES, STANDING_BATCH = 100, 64
+
+
+def _load(arguments: argparse.Namespace, split: str, model: BigBiGAN) -> tuple[ImageDataset, Tensor]:
+    """The split, and its images [N, C, S, S] uint8 under the model's evaluation preprocessing."""
+    from bigbigan.training.data import open_dataset
+
+    dataset = open_dataset(arguments.data, split=split)
+    return dataset, dataset.decode_all(model.config.preprocess, model.config.image_channels)
+
+
+def _record(
+    model: BigBiGAN, protocol: dict[str, Any], *, train: ImageDataset, test: ImageDataset, results: Any
+) -> dict[str, Any]:
+    import numpy
+    import torch
+
+    from bigbigan import __version__
+    from bigbigan.evaluation.features import digest
+
+    splits = {"train": train, "test": test}
+    return {
+        "protocol": protocol,
+        "model": {"name": model.info.name} | {f"{part}_digest": digest(getattr(model, part)) for part in model.parts},
+        "data": {
+            name: {"digest": split.digest, "images": len(split), "unreadable": len(split.bad)}
+            for name, split in splits.items()
+        },
+        "results": results,
+        "versions": {
+            "bigbigan": __version__,
+            "torch": torch.__version__,
+            "numpy": numpy.__version__,
+            "python": platform.python_version(),
+        },
+    }
+
+
+def _report(arguments: argparse.Namespace, table: str, record: dict[str, Any]) -> None:
+    from bigbigan.files import atomic_write
+
+    text = json.dumps(record, indent=2) + "\n"
+    print(table)
+    if not arguments.json:
+        print(f"\n{text}", end="")
+        return
+    with atomic_write(arguments.json) as temporary:
+        temporary.write_text(text, encoding="utf-8")

@@ -1,0 +1,135 @@
+"""What the verbs share: option groups, what they mean, and tables."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bigbigan.model import BigBiGAN
+
+Commands = Any  # what `add_subparsers` returns has no public name
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+
+# A fixed width: the help reads the same everywhere.
+help_formatter: Any = partial(argparse.RawDescriptionHelpFormatter, width=96, max_help_position=28)
+
+
+def add_command(
+    commands: Commands, name: str, run: Callable[[argparse.Namespace], int] | None, about: str, epilog: str
+) -> argparse.ArgumentParser:
+    """A verb; the first line of `about` is what the list of commands shows."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name, help=about.partition("\n")[0], description=about, epilog=epilog, formatter_class=help_formatter
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("running")
+    group.add_argument(
+        "--device", metavar="auto|cpu|cuda|mps", default="auto", help="auto is cuda where there is one, else cpu"
+    )
+    group.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: torch's own choice)")
+    group.add_argument("--quiet", action="store_true", help="no progress and no notes, only warnings and errors")
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--model",
+        metavar="NAME",
+        help="a name from `bigbigan list`, a model folder, or org/name on the Hugging Face Hub "
+        "(default: the model inside the package)",
+    )
+    group.add_argument("--revision", metavar="REV", help="commit, tag or branch of a repository")
+    add_run_options(parser)
+
+
+def add_image_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("reading images (PNG, JPEG, WebP, GIF, BMP, TIFF)")
+    group.add_argument(
+        "--crop",
+        choices=("center", "resnet", "none"),
+        help="the largest centre square, TensorFlow's ResNet crop, or all of it squashed (default: the model's own)",
+    )
+    group.add_argument(
+        "--invert", action="store_true", help="swap dark and light, for dark drawings and a model of bright ones"
+    )
+
+
+def image_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    return {"crop": arguments.crop, "invert": arguments.invert}
+
+
+def positive(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+    return number
+
+
+positive.__name__ = "whole number"  # argparse names it: "invalid whole number value"
+
+
+def names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",")]
+
+
+def set_threads(arguments: argparse.Namespace) -> None:
+    import torch
+
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+
+
+def choose_device(name: str) -> str:
+    """A device that exists here.
+
+    Raises:
+        ValueError: it does not.
+    """
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    kind = name.partition(":")[0]
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if kind not in available:
+        raise ValueError(f"--device is {name!r}; choose auto, cpu, cuda or mps")
+    if not available[kind]:
+        raise ValueError(f"--device {name}: torch {torch.__version__} finds no {kind} device here")
+    return name
+
+
+def open_model(arguments: argparse.Namespace, parts: Sequence[str], name: str | None = None) -> BigBiGAN:
+    """The model that the options (or `name`) ask for."""
+    from bigbigan import hub
+
+    set_threads(arguments)
+    device = choose_device(arguments.device)
+    return hub.load(name or arguments.model, revision=arguments.revision, parts=parts, device=device)
+
+
+def check_picture(path: str, inputs: Sequence[str | Path] = ()) -> None:
+    """Refuses before any work what could not be written after it, or would overwrite an input."""
+    target = Path(path)
+    suffix = target.suffix.lower()
+    if suffix not in PICTURE_SUFFIXES:
+        raise ValueError(f"{path}: cannot write {suffix or 'no suffix'!r}; use {', '.join(PICTURE_SUFFIXES)}")
+    if target.exists() and any(given.exists() and given.samefile(target) for given in map(Path, inputs)):
+        raise ValueError(f"{path} is an input and would be overwritten; choose another output")
+
+
+def columns_text(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in aligned columns."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (header, *rows))
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join("| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows))

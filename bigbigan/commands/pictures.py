@@ -1,0 +1,231 @@
+"""`generate`, `reconstruct`, `interpolate`: verbs that write pictures."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bigbigan.commands.options import (
+    Commands,
+    add_command,
+    add_image_options,
+    add_model_options,
+    check_picture,
+    image_options,
+    open_model,
+    positive,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+CELL = 64  # pixels: smaller images are shown enlarged to about this
+BATCH = 32
+
+
+def add_parsers(commands: Commands) -> None:
+    parser = add_command(
+        commands,
+        "generate",
+        _generate,
+        "draw images from random latents\n\n"
+        "Writes one picture with all of them in a grid, or a folder of files 000000.png, 000001.png, …\n"
+        "Image i depends on the seed and i alone: a larger -n adds to the same images.",
+        "Example: bigbigan generate -n 64 -o samples.png --seed 1\n"
+        "Exit codes: 0 done, 2 wrong usage or no such model.",
+    )
+    parser.add_argument("name", nargs="?", metavar="MODEL", help="the same as --model")
+    parser.add_argument(
+        "-n", "--number", type=positive, default=16, metavar="N", help="images (default: %(default)s)"
+    )
+    parser.add_argument(
+        "-o",
+        "--output",
+        required=True,
+        metavar="PATH",
+        help=".png, .jpg or .webp for a grid; a folder (existing, or ending in /) for single files",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+    parser.add_argument(
+        "--truncation",
+        type=float,
+        metavar="T",
+        help="bound on the latents, 0.5 for instance: less variety, fewer failures (default: none)",
+    )
+    parser.add_argument(
+        "--truncation-mode",
+        choices=("resample", "scale"),
+        default="resample",
+        help="draw values beyond T again, or multiply all by T (default: %(default)s)",
+    )
+    parser.add_argument("--upsample", action="store_true", help="enlarge to the size of the `upsampled` output")
+    _add_layout_options(parser, "the square root of N")
+    add_model_options(parser)
+
+    parser = add_command(
+        commands,
+        "reconstruct",
+        _reconstruct,
+        "encode images and draw them again\n\n"
+        "Writes one picture: rows of originals, as the encoder sees them, each above the row of their\n"
+        "reconstructions. Without IMAGE, the package's own model reconstructs test images that it has never seen.",
+        "Example: bigbigan reconstruct -o demo.png\n"
+        "Exit codes: 0 done, 2 wrong usage, no such model or an unreadable image.",
+    )
+    parser.add_argument("images", nargs="*", metavar="IMAGE", help="image files, or folders of them")
+    parser.add_argument("-o", "--output", required=True, metavar="PICTURE", help=".png, .jpg or .webp")
+    parser.add_argument("--use-sample", action="store_true", help="from a sample of the latent, not from its mean")
+    parser.add_argument("--seed", type=int, default=0, help="of the sample (default: %(default)s)")
+    parser.add_argument("--upsample", action="store_true", help="enlarge to the size of the `upsampled` output")
+    _add_layout_options(parser, "8")
+    add_image_options(parser)
+    add_model_options(parser)
+
+    parser = add_command(
+        commands,
+        "interpolate",
+        _interpolate,
+        "draw the way between two images through latent space\n\n"
+        "Writes one row: image A, drawings of the latents from A's to B's, image B.",
+        "Example: bigbigan interpolate a.png b.png -o strip.png --steps 10\n"
+        "Exit codes: 0 done, 2 wrong usage, no such model or an unreadable image.",
+    )
+    parser.add_argument("images", nargs=2, metavar=("A", "B"), help="image files")
+    parser.add_argument("-o", "--output", required=True, metavar="PICTURE", help=".png, .jpg or .webp")
+    parser.add_argument("--steps", type=positive, default=8, metavar="N", help="drawings (default: %(default)s)")
+    parser.add_argument("--spherical", action="store_true", help="along the arc, not the straight line")
+    parser.add_argument("--upsample", action="store_true", help="enlarge to the size of the `upsampled` output")
+    _add_layout_options(parser)
+    add_image_options(parser)
+    add_model_options(parser)
+
+
+def _add_layout_options(parser: argparse.ArgumentParser, columns: str | None = None) -> None:
+    if columns:
+        parser.add_argument("--columns", type=positive, metavar="N", help=f"of the grid (default: {columns})")
+    parser.add_argument(
+        "--scale",
+        type=positive,
+        metavar="N",
+        help=f"each pixel as a square of N (default: up to {CELL} pixels an image)",
+    )
+
+
+def _scale(arguments: argparse.Namespace, images: Tensor) -> int:
+    return arguments.scale or max(1, CELL // images.shape[-1])
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    from bigbigan.images import make_grid, save_image
+
+    output = Path(arguments.output)
+    single = arguments.output.endswith("/") or output.is_dir()
+    if not single:
+        check_picture(arguments.output)
+    if arguments.name and arguments.model:
+        raise ValueError(f"MODEL is {arguments.name} and --model is {arguments.model}; give one of them")
+    model = open_model(arguments, ("generator",), arguments.name)
+    drawn = []
+    for start in range(0, arguments.number, BATCH):
+        z = model.sample_latents(
+            min(BATCH, arguments.number - start),
+            seed=arguments.seed,
+            start=start,
+            truncation=arguments.truncation,
+            truncation_mode=arguments.truncation_mode,
+        )
+        images = model.generate(z, upsample=arguments.upsample)  # [n, C, S, S]
+        if not single:
+            drawn.append(images)
+            continue
+        for index, image in enumerate(images, start):
+            save_image(make_grid(image[None], scale=arguments.scale or 1), output / f"{index:06d}.png")
+    if drawn:
+        import torch
+
+        grid = make_grid(torch.cat(drawn), arguments.columns, scale=_scale(arguments, images))
+        save_image(grid, output)
+    return 0
+
+
+def _reconstruct(arguments: argparse.Namespace) -> int:
+    from bigbigan.images import list_images, make_grid, save_image
+
+    if arguments.images:
+        given = [Path(image) for image in arguments.images]
+        files = [file for path in given for file in (list_images(path) if path.is_dir() else [path])]
+    elif arguments.model is None:
+        files = asset_images()
+    else:
+        raise ValueError("name the images to reconstruct; only the package's own model brings some along")
+    check_picture(arguments.output, files)
+    model = open_model(arguments, ("generator", "encoder"))
+    x = model.preprocess(files, **image_options(arguments))
+    options = {"use_sample": arguments.use_sample, "upsample": arguments.upsample, "seed": arguments.seed}
+    again = model.reconstruct(x, **options)
+    columns = min(arguments.columns or 8, len(x))
+    grid = pair_rows(_fit(x, again), again, columns)
+    save_image(make_grid(grid, columns, scale=_scale(arguments, again)), arguments.output)
+    return 0
+
+
+def asset_images() -> list[Path]:
+    """The test images inside the package, which its model has never seen."""
+    import importlib.resources
+
+    from bigbigan.images import list_images
+
+    return list_images(Path(str(importlib.resources.files("bigbigan") / "assets" / "fashion_mnist_test")))
+
+
+def _fit(x: Tensor, like: Tensor) -> Tensor:
+    """x at the size of `like`: mean-pooled to a smaller one, repeated to a larger."""
+    from torch.nn.functional import adaptive_avg_pool2d
+
+    return adaptive_avg_pool2d(x, like.shape[-1])
+
+
+def pair_rows(above: Tensor, below: Tensor, columns: int) -> Tensor:
+    """Images [N, C, S, S] twice, in an order for a grid of `columns`: a row of one, the row of the other, and so on.
+
+    White fills the last pair of rows.
+    """
+    import torch
+
+    def rows(images: Tensor) -> Tensor:
+        white = images.new_ones(-len(images) % columns, *images.shape[1:])
+        return torch.cat([images, white]).unflatten(0, (-1, columns))
+
+    return torch.stack([rows(above), rows(below)], dim=1).flatten(0, 2)
+
+
+def _interpolate(arguments: argparse.Namespace) -> int:
+    import torch
+
+    from bigbigan.images import make_grid, save_image
+
+    check_picture(arguments.output, arguments.images)
+    model = open_model(arguments, ("generator", "encoder"))
+    x = model.preprocess(arguments.images, **image_options(arguments))
+    z = model.encode(x).z_mean
+    way = slerp if arguments.spherical else torch.lerp
+    t = torch.linspace(0, 1, arguments.steps)[:, None].to(z)
+    drawn = model.generate(way(z[:1], z[1:], t), upsample=arguments.upsample)
+    ends = _fit(x, drawn)
+    strip = torch.cat([ends[:1], drawn, ends[1:]])
+    save_image(make_grid(strip, len(strip), scale=_scale(arguments, drawn)), arguments.output)
+    return 0
+
+
+def slerp(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
+    """[T, D] on the arc from a to b [1, D] at t [T, 1]; on the straight line where they (nearly) line up.
+
+    Shoemake 1985, "Animating rotation with quaternion curves", without normalising a and b.
+    """
+    import torch
+
+    angle = torch.cosine_similarity(a, b).clamp(-1, 1).acos()
+    if angle.sin() < 1e-4:
+        return torch.lerp(a, b, t)
+    return (((1 - t) * angle).sin() * a + (t * angle).sin() * b) / angle.sin()

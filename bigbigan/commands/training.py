@@ -1,0 +1,240 @@
+"""`recipes`, `train`, `export`: from images to a model folder."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bigbigan.commands.options import Commands, add_command, add_run_options, choose_device, columns_text, set_threads
+
+if TYPE_CHECKING:
+    from bigbigan.training.config import TrainConfig
+
+logger = logging.getLogger(__name__)
+
+
+def add_parsers(commands: Commands) -> None:
+    parser = add_command(
+        commands,
+        "recipes",
+        _recipes,
+        "list training recipes\n\nWith a name: that recipe as JSON, whose fields `train --set` takes.",
+        "Example: bigbigan recipes\nExit codes: 0 done, 2 no such recipe.",
+    )
+    parser.add_argument("recipe", nargs="?", metavar="RECIPE")
+
+    parser = add_command(
+        commands,
+        "train",
+        _train,
+        "train a model, or go on with a run\n\n"
+        "Prints the whole configuration as JSON, then trains. The run folder holds config.json, metrics.jsonl,\n"
+        "samples/ (pictures), snapshots/ (model folders) and checkpoints/: the same command goes on from the last\n"
+        "checkpoint, bit for bit on a CPU. SIGTERM and ctrl-C finish the step and write a checkpoint first.",
+        "Example: bigbigan train bigbigan-fashion-mnist-32 --data data/fashion_mnist --run runs/a --set lr_d=2e-4\n"
+        "Exit codes: 0 done, 1 a loss is not finite, 2 wrong usage or data, 130 interrupted, 143 terminated.",
+    )
+    parser.add_argument("recipe", metavar="RECIPE", help="a name from `bigbigan recipes`")
+    parser.add_argument(
+        "--data",
+        metavar="PATH",
+        help="a .parquet file (Hugging Face layout: image, label), a folder of train*.parquet, or a folder of images",
+    )
+    parser.add_argument("--run", metavar="FOLDER", dest="folder", help="where the run lives")
+    parser.add_argument(
+        "--set",
+        metavar="KEY=VALUE",
+        action="append",
+        default=[],
+        dest="settings",
+        help="change a field; dots lead inside, values are JSON or else text: model.encoder.base_channels=48, "
+        "augmentation.flip=true. May be repeated",
+    )
+    parser.add_argument("--max-minutes", type=float, metavar="M", help="checkpoint and stop after so long")
+    parser.add_argument(
+        "--keep", type=int, default=2, metavar="N", help="newest checkpoints kept (default: %(default)s)"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print the configuration and the sizes, and stop")
+    add_run_options(parser)
+
+    parser = add_command(
+        commands,
+        "export",
+        _export,
+        "turn a snapshot of a run into a model folder\n\n"
+        "Weights are the averaged ones, without spectral norm and with standing statistics, as `load` reads them.\n"
+        "The folder says how they were trained, and is loaded and verified in the end.",
+        "Example: bigbigan export runs/a -o my-model --license MIT --note data='Fashion-MNIST'\n"
+        "Exit codes: 0 done, 2 wrong usage, or no such snapshot.",
+    )
+    parser.add_argument("folder", metavar="RUN", help="a run folder")
+    parser.add_argument("-o", "--output", required=True, metavar="FOLDER", help="the model folder to write")
+    parser.add_argument(
+        "--snapshot",
+        default="best",
+        metavar="best|last|IMAGES",
+        help="by held-out linear accuracy, the newest, or by the number of images seen (default: %(default)s)",
+    )
+    parser.add_argument("--name", help="of the model (default: the recipe's)")
+    parser.add_argument("--license", default="", help="of the weights, such as MIT (default: not stated)")
+    parser.add_argument(
+        "--note",
+        metavar="KEY=VALUE",
+        action="append",
+        default=[],
+        dest="notes",
+        help="a fact for the model's provenance; the value is JSON or else text. May be repeated",
+    )
+
+
+def _recipe(name: str) -> TrainConfig:
+    import difflib
+
+    from bigbigan.presets import normalize
+    from bigbigan.training.recipes import RECIPES
+
+    if normalize(name) in RECIPES:
+        return RECIPES[normalize(name)]
+    close = difflib.get_close_matches(normalize(name), RECIPES, n=3) or RECIPES
+    raise ValueError(f"no recipe {name!r}; there is {', '.join(close)}")
+
+
+def _recipes(arguments: argparse.Namespace) -> int:
+    from bigbigan.config import to_dict
+    from bigbigan.training.recipes import RECIPES
+
+    if arguments.recipe:
+        print(json.dumps(to_dict(_recipe(arguments.recipe)), indent=2))
+        return 0
+    rows = [[name, f"{r.total_images:,}", str(r.batch_size), r.precision] for name, r in RECIPES.items()]
+    print(columns_text(("RECIPE", "IMAGES", "BATCH", "PRECISION"), rows))
+    return 0
+
+
+def apply_settings(config: TrainConfig, settings: list[str]) -> TrainConfig:
+    """`config` with each "dotted.key=value" set, checked by the same closed schema as a file.
+
+    Raises:
+        ConfigError: a malformed setting, an unknown key (close ones are named), or a value that does not fit.
+    """
+    import difflib
+
+    from bigbigan.config import ConfigError, from_dict, to_dict
+    from bigbigan.training.config import TrainConfig
+
+    data = to_dict(config)
+    for setting in settings:
+        key, value = _key_value(setting)
+        *path, last = key.split(".")
+        branch: Any = data
+        for name in path:
+            branch = branch.get(name) if isinstance(branch, dict) else None
+        if not isinstance(branch, dict) or last not in branch:
+            close = difflib.get_close_matches(key, _keys(data), n=3, cutoff=0.4)
+            raise ConfigError(f"--set {setting}: no field {key!r}; {'close: ' + ', '.join(close) if close else ''}")
+        branch[last] = value
+    return from_dict(TrainConfig, data)
+
+
+def _key_value(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise ValueError(f"{text!r} is not KEY=VALUE")
+    try:
+        return key, json.loads(value)
+    except ValueError:
+        return key, value
+
+
+def _keys(data: dict[str, Any], prefix: str = "") -> list[str]:
+    found = []
+    for name, value in data.items():
+        found += [prefix + name, *(_keys(value, f"{prefix}{name}.") if isinstance(value, dict) else ())]
+    return found
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from bigbigan.commands.models import count_parameters
+    from bigbigan.config import to_dict
+    from bigbigan.training.data import open_dataset
+    from bigbigan.training.loop import TrainingStopped, train
+
+    config = apply_settings(_recipe(arguments.recipe), arguments.settings)
+    print(json.dumps(to_dict(config), indent=2), flush=True)
+    sizes = count_parameters(config.model)
+    logger.info("parameters: %s", ", ".join(f"{part} {number:,}" for part, number in sizes.items()))
+    if arguments.dry_run:
+        return 0
+    if not arguments.data or not arguments.folder:
+        raise ValueError("training needs --data and --run (or --dry-run, to see the configuration alone)")
+    set_threads(arguments)
+    device = choose_device(arguments.device)
+    dataset = open_dataset(arguments.data)
+    logger.info("%d training images, %d classes", len(dataset), len(dataset.class_names))
+    try:
+        train(
+            config, dataset, arguments.folder, device=device, max_minutes=arguments.max_minutes, keep=arguments.keep
+        )
+    except TrainingStopped as stopped:
+        print(f"bigbigan train: {stopped}", file=sys.stderr)
+        return stopped.exit_code
+    except FloatingPointError as error:
+        print(f"bigbigan train: {error}; the last checkpoint in {arguments.folder} stands", file=sys.stderr)
+        return 1
+    return 0
+
+
+def find_snapshot(run: Path, which: str) -> Path:
+    """The snapshot of a run folder that "best", "last" or a number of images means.
+
+    Raises:
+        ValueError: there is none.
+    """
+    from bigbigan.modelfolder import read_config
+
+    found = sorted((run / "snapshots").glob("images-*"))
+    if not found:
+        raise ValueError(f"{run} has no snapshots yet; `train` writes one every snapshot_images, and at the end")
+    if which == "last":
+        return found[-1]
+    if which == "best":
+        scores = {path: read_config(path).info.provenance["held_out"].get("linear_avepool_feat") for path in found}
+        scored = [path for path in found if scores[path] is not None]
+        if not scored:
+            logger.warning("no snapshot has a held-out score, so the newest counts as the best")
+            return found[-1]
+        return max(scored, key=scores.__getitem__)  # the earliest of equals, as in training
+    path = run / "snapshots" / f"images-{which:0>10}"
+    if path not in found:
+        there = ", ".join(path.name.removeprefix("images-").lstrip("0") for path in found)
+        raise ValueError(f"{run} has no snapshot {which!r}; give best, last, or one of {there}")
+    return path
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from dataclasses import replace
+
+    from bigbigan import modelfolder
+    from bigbigan.config import to_dict
+    from bigbigan.training.loop import read_run_config
+
+    run, output = Path(arguments.folder), Path(arguments.output)
+    training = to_dict(read_run_config(run))
+    del training["model"]  # the folder has it as its architecture
+    snapshot = find_snapshot(run, arguments.snapshot)
+    if output.resolve().is_relative_to(run.resolve() / "snapshots"):
+        raise ValueError(f"{output} is among the run's own snapshots; name another folder")
+    model = modelfolder.load_folder(snapshot)
+    data = json.loads((run / "config.json").read_text(encoding="utf-8"))["data"]
+    notes = dict(_key_value(note) for note in arguments.notes)
+    provenance = {**model.info.provenance, "training": training, "data": data, **notes}
+    name = arguments.name or model.info.name
+    model.info = replace(model.info, name=name, license=arguments.license, provenance=provenance)
+    model.save(output)
+    modelfolder.load_folder(output)
+    print(output)
+    return 0
