@@ -24,7 +24,7 @@ from bigbigan.model import BigBiGAN
 from bigbigan.modelcard import model_card
 from bigbigan.presets import EMBEDDED, HubEntry, get_preset, normalize
 
-__all__ = ["DownloadError", "UploadError", "cache_dir", "load", "push_to_hub", "resolve"]
+__all__ = ["DownloadError", "UploadError", "cache_dir", "has_weights", "load", "push_to_hub", "resolve"]
 
 logger = logging.getLogger(__name__)
 
@@ -101,9 +101,18 @@ def resolve(
     return _locate(name, _Repository("", revision, cache_dir, token, local_files_only), parts)[0]
 
 
-def _locate(
-    name: str | os.PathLike[str] | None, client: _Repository, parts: Sequence[str] | None
-) -> tuple[Path, bool]:
+def has_weights(name: str) -> bool:
+    """Whether a preset's weights are in the package, in the local model cache, or in a registered repository.
+
+    Raises:
+        ValueError: unknown name.
+    """
+    preset = get_preset(name)
+    folder = _embedded() if preset.name == EMBEDDED else _converted(preset.name)
+    return (folder / modelfolder.CONFIG_NAME).exists() or preset.hub is not None
+
+
+def _locate(name: str | os.PathLike[str] | None, client: _Repository, parts: Sequence[str] | None) -> tuple[Path, bool]:
     """The folder, and whether its weights have been verified already."""
     if name is None or (isinstance(name, str) and normalize(name) == EMBEDDED):
         _refuse_revision(client, "the embedded model")
@@ -129,7 +138,7 @@ def _preset(name: str, client: _Repository, parts: Sequence[str] | None) -> tupl
         preset = get_preset(name)
     except ValueError as error:
         raise ValueError(f"{error}. A name may also be a folder, or a repository as 'org/name'") from error
-    local = cache_dir() / "models" / preset.name
+    local = _converted(preset.name)
     if client.revision is None and (local / modelfolder.CONFIG_NAME).exists():
         return local, False
     entry, organization = preset.hub, os.environ.get("BIGBIGAN_HUB_ORG")
@@ -295,6 +304,10 @@ def push_to_hub(
 
 def _embedded() -> Path:
     return Path(str(importlib.resources.files("bigbigan") / "assets" / EMBEDDED))
+
+
+def _converted(name: str) -> Path:
+    return cache_dir() / "models" / name
 
 
 def _looks_like_path(name: str) -> bool:

@@ -58,9 +58,7 @@ def strict_json(data: bytes) -> Any:
         ValueError: for anything but UTF-8, and for duplicate keys, NaN, infinities, lone surrogates or deep nesting.
     """
     try:
-        value = json.loads(
-            data.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_finite, parse_float=_finite
-        )
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_finite, parse_float=_finite)
         _check_depth(value, MAX_JSON_DEPTH)
         json.dumps(value, ensure_ascii=False).encode("utf-8")  # fails on lone surrogates
     except RecursionError as error:

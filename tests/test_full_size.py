@@ -50,7 +50,8 @@ print(json.dumps(facts))
 '''
 import subprocess
 for part in ("generator", "encoder", "discriminator"):
-    out = subprocess.run([sys.executable, "-c", child, part, folder, photos], check=True, capture_output=True, text=True)
+    command = [sys.executable, "-c", child, part, folder, photos]
+    out = subprocess.run(command, check=True, capture_output=True, text=True)
     facts[part] = json.loads(out.stdout)
 facts["peak_gib"] = peak_gib()
 print(json.dumps(facts))

@@ -195,6 +195,7 @@ def test_preset_names_lead_to_a_local_conversion_or_to_advice(saved: Path, home:
     (home / "models").mkdir(parents=True)
     (home / "models" / "bigbigan-resnet50").symlink_to(saved)
     assert hub.load("bigbigan_resnet50", parts="encoder").parts == ("encoder",)
+    assert hub.has_weights("bigbigan_resnet50") and not hub.has_weights("bigbigan-revnet50x4")
     with pytest.raises(ValueError, match=r"did you mean bigbigan-resnet50.*'org/name'"):
         hub.load("bigbigan-resnet5")
     with pytest.raises(ValueError, match="do not agree"):
@@ -254,9 +255,7 @@ def test_cold_warm_pinned_and_offline(server: FakeHub, saved: Path, tmp_path: Pa
     (again,) = run(environment(tmp_path, server.url), without_network, f"org/tiny@{commit}")
     assert again == expected and server.requests == []
 
-    warm, cold = run(
-        environment(tmp_path, server.url, HF_HUB_OFFLINE="1"), without_network, "org/tiny", "org/unknown"
-    )
+    warm, cold = run(environment(tmp_path, server.url, HF_HUB_OFFLINE="1"), without_network, "org/tiny", "org/unknown")
     assert warm == expected and server.requests == []
     assert cold["error"] == "DownloadError" and cold["connections"] == []
     assert "config.json of org/unknown at revision main is not in the cache" in cold["message"]

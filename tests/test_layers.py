@@ -314,7 +314,8 @@ NETWORKS = {
         EncoderConfig(32, depths=(1, 1), base_channels=4, z_dim=4, head=TINY_MLP), spectral_norm=sn
     ),
     "discriminator": lambda sn: Discriminator(
-        DiscriminatorConfig(32, 3, 4, 14, attention_resolution=8, z_mlp=TINY_MLP, joint_mlp=TINY_MLP), spectral_norm=sn
+        DiscriminatorConfig(32, 3, 4, 14, attention_resolution=8, z_mlp=TINY_MLP, joint_mlp=TINY_MLP),
+        spectral_norm=sn,
     ),
 }
 

@@ -38,9 +38,7 @@ from bigbigan.modelfolder import WeightsError, load_folder, model_card, read_con
 
 MLP = MLPConfig(width=16, layers=2)
 TINY = BigBiGANConfig(
-    GeneratorConfig(
-        32, base_channels=4, z_chunks=(4, 4, 4, 4), shared_dim=8, attention_resolution=0, upsample_size=64
-    ),
+    GeneratorConfig(32, base_channels=4, z_chunks=(4, 4, 4, 4), shared_dim=8, attention_resolution=0, upsample_size=64),
     EncoderConfig(32, depths=(1, 1), base_channels=8, block="basic", stem="small", z_dim=16, head=MLP),
     DiscriminatorConfig(32, base_channels=4, z_dim=16, attention_resolution=0, z_mlp=MLP, joint_mlp=MLP),
     PreprocessConfig(32),
@@ -200,9 +198,7 @@ def test_card_has_metadata_and_facts_in_escaped_cells(saved: Path) -> None:
     card = (saved / "README.md").read_text()
     assert card == model_card(tiny_model())
     head = card.split("---")[1].strip().splitlines()
-    assert {"library_name: bigbigan", "license: cc-by-4.0", "pipeline_tag: unconditional-image-generation"} <= set(
-        head
-    )
+    assert {"library_name: bigbigan", "license: cc-by-4.0", "pipeline_tag: unconditional-image-generation"} <= set(head)
     assert "| fid.value | 12.5 |" in card and "| command | a \\| b &lt;c> |" in card
     size = (saved / "encoder.safetensors").stat().st_size
     assert f"`encoder.safetensors` | {sum(t.numel() for t in tiny_model().encoder.state_dict().values()):,} |" in card
@@ -471,9 +467,7 @@ def test_the_file_itself_tells_what_it_was_written_for(folder: Path) -> None:
     with pytest.raises(WeightsError, match=r"written with base_channels 8, config\.json says 16"):
         load_folder(folder)
     shutil.copy(folder / "generator.safetensors", folder / "encoder.safetensors")
-    with pytest.raises(
-        WeightsError, match=r"\d+ missing: .*, …; \d+ unexpected: .*The file holds a model's generator"
-    ):
+    with pytest.raises(WeightsError, match=r"\d+ missing: .*, …; \d+ unexpected: .*The file holds a model's generator"):
         load_folder(folder)
 
 

@@ -161,12 +161,15 @@ def test_upsampling_by_hand(mode: Any) -> None:
     network = Generator(GeneratorConfig(32, 3, 1, (1,) * 4, upsample_mode=mode, upsample_size=64))
     object.__setattr__(network.config, "upsample_size", 6)  # a configuration cannot ask for a size this small
     row, column = torch.tensor([0.0, 1, 3]).double(), torch.tensor([1.0, 0, 2]).double()
-    wide, high = torch.tensor(UPSAMPLED[mode]).double(), {
-        "nearest": [1, 1, 0, 0, 2, 2],
-        "bilinear": [1, 0.75, 0.25, 0.5, 1.5, 2],
-        "bilinear-aligned": [1, 0.6, 0.2, 0.4, 1.2, 2],
-        "bilinear-asymmetric": [1, 0.5, 0, 1, 2, 2],
-    }[mode]
+    wide, high = (
+        torch.tensor(UPSAMPLED[mode]).double(),
+        {
+            "nearest": [1, 1, 0, 0, 2, 2],
+            "bilinear": [1, 0.75, 0.25, 0.5, 1.5, 2],
+            "bilinear-aligned": [1, 0.6, 0.2, 0.4, 1.2, 2],
+            "bilinear-asymmetric": [1, 0.5, 0, 1, 2, 2],
+        }[mode],
+    )
     images = torch.stack([column[:, None] + row, column[:, None] * row])[None]  # not symmetric
     high = torch.tensor(high).double()
     expected = torch.stack([high[:, None] + wide, high[:, None] * wide])[None]

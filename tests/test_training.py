@@ -265,7 +265,7 @@ def test_stopped_by_time_then_resumed_is_bit_identical(photos: Path, tmp_path: P
 def test_sigterm_finishes_the_step_and_the_same_command_goes_on(photos: Path, tmp_path: Path) -> None:
     code = (
         "import sys, dataclasses, torch; torch.set_num_threads(1); sys.path.insert(0, sys.argv[3]);"
-        "from test_training import TINY; from bigbigan.training import loop; from bigbigan.training.data import open_dataset\n"
+        "from test_training import TINY, loop, open_dataset\n"
         "config = dataclasses.replace(TINY, total_images=120, snapshot_images=1000)\n"
         "try: loop.train(config, open_dataset(sys.argv[1]), sys.argv[2])\n"
         "except loop.TrainingStopped as stop: sys.exit(stop.exit_code)"

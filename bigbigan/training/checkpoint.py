@@ -236,14 +236,14 @@ def load_optimizer(
         sizes, saved_sizes = ([len(params) for params in groups] for groups in (layout, saved_layout))
         raise CheckpointError(f"the optimizer has groups of {sizes} parameters, the checkpoint of {saved_sizes}")
     groups = []
-    for current, saved in zip(own, state["param_groups"]):
+    for current, saved in zip(own, state["param_groups"], strict=True):
         if unexpected := sorted(set(saved) - set(current)):
             raise CheckpointError(f"the checkpoint has hyperparameters that the optimizer has not: {unexpected}")
         # a hyperparameter that a later torch introduced keeps its default; JSON made lists of tuples
         groups.append({**current, **saved, "betas": tuple(saved["betas"])})
     parameters = [
         (parameter, group["amsgrad"])
-        for live, group in zip(optimizer.param_groups, groups)
+        for live, group in zip(optimizer.param_groups, groups, strict=True)
         for parameter in live["params"]
     ]
     expected: dict[str, tuple[torch.Size, torch.dtype]] = {}

@@ -118,8 +118,8 @@ class ImageDataset:
         if len(self.bad) > self._max_bad_fraction * len(self):
             first = "; ".join(self.bad[index] for index in sorted(self.bad)[:5])
             raise ValueError(
-                f"{len(self.bad)} of {len(self)} images cannot be read, more than {self._max_bad_fraction:.2%}: {first}. "
-                "Repair or remove them, or raise max_bad_fraction"
+                f"{len(self.bad)} of {len(self)} images cannot be read, more than {self._max_bad_fraction:.2%}: "
+                f"{first}. Repair or remove them, or raise max_bad_fraction"
             )
         if new:
             names = "; ".join(self.bad[index] for index in new)
@@ -253,7 +253,8 @@ def _open_folder(folder: Path, files: list[Path], max_bad_fraction: float) -> Im
     names = sorted({name for name in classes if name is not None})
     ids: dict[str | None, int] = {None: -1, **{name: number for number, name in enumerate(names)}}
     listing = [
-        (name.as_posix(), (stat := file.stat()).st_size, stat.st_mtime_ns) for name, file in zip(relative, files)
+        (name.as_posix(), (stat := file.stat()).st_size, stat.st_mtime_ns)
+        for name, file in zip(relative, files, strict=True)
     ]
     return ImageDataset(
         files,

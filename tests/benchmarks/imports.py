@@ -30,7 +30,7 @@ def main() -> None:
     ours, torch = (statistics.median(column) for column in zip(*pairs, strict=True))
     ratio = statistics.median(a / b for a, b in pairs)
     print(
-        f"import bigbigan {ours:.2f} s, import torch {torch:.2f} s of CPU time; median ratio of {runs} pairs {ratio:.3f}"
+        f"import bigbigan {ours:.2f} s, import torch {torch:.2f} s of CPU; median ratio of {runs} pairs {ratio:.3f}"
     )
 
 
