@@ -10,6 +10,7 @@ import dataclasses
 import json
 import types
 import typing
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -258,6 +259,29 @@ class BigBiGANConfig:
     @property
     def image_channels(self) -> int:
         return getattr(self, self.parts[0]).image_channels
+
+
+def select_parts(parts: Sequence[str] | None, available: Iterable[str], where: object) -> tuple[str, ...]:
+    """`parts` in standard order; None means all that are available.
+
+    Raises:
+        ValueError: for a name that is no part's, or a part that is not available, or no part at all.
+    """
+    available = ordered_parts(available)
+    wanted = available if parts is None else (parts,) if isinstance(parts, str) else tuple(parts)
+    if unknown := [part for part in wanted if part not in PARTS]:
+        raise ValueError(f"unknown part {unknown[0]!r}; parts are {', '.join(PARTS)}")
+    if lacking := [part for part in wanted if part not in available]:
+        raise ValueError(f"{where} has no {lacking[0]}; it has {', '.join(available)}")
+    if not wanted:
+        raise ValueError(f"name at least one part; {where} has {', '.join(available)}")
+    return ordered_parts(wanted)
+
+
+def ordered_parts(parts: Iterable[str]) -> tuple[str, ...]:
+    """In standard order, without repeats."""
+    names = set(parts)
+    return tuple(part for part in PARTS if part in names)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from bigbigan import integrity, modelfolder
-from bigbigan.config import PARTS, ConfigError
+from bigbigan.config import PARTS, ConfigError, select_parts
 from bigbigan.integrity import WeightsError, cache_dir
 from bigbigan.model import BigBiGAN
 from bigbigan.modelcard import model_card
@@ -148,7 +148,7 @@ def _preset(name: str, client: _Repository, parts: Sequence[str] | None) -> tupl
         repo_id = entry.repo_id if entry is not None else f"{organization}/{preset.name}"
         return _from_hub(replace(client, repo_id=repo_id), None, parts), True
     if preset.name in RELEASED:
-        how = f"Convert DeepMind's module: pip install 'bigbigan[convert]' && bigbigan convert {preset.name}"
+        how = "DeepMind released its weights as a TensorFlow-Hub module, which this version cannot convert yet"
     else:
         how = f"Nobody has published its weights: train it, or start from create_model({preset.name!r})"
     raise FileNotFoundError(
@@ -165,7 +165,7 @@ def _from_hub(source: _Repository, entry: HubEntry | None, parts: Sequence[str] 
     folder = path.parent
     if COMMIT.fullmatch(folder.name):  # a branch may move between two downloads
         source = replace(source, revision=folder.name)
-    for part in modelfolder.select_parts(parts, described.files, source.repo_id):
+    for part in select_parts(parts, described.files, source.repo_id):
         path, file = _download(source, modelfolder.weight_file(part)), described.files[part]
         with _discarding(path):
             if entry is not None and entry.sha256.get(part) != file.sha256:

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from bigbigan import images as image_io
-from bigbigan.config import PARTS, BigBiGANConfig, ModelInfo
+from bigbigan.config import PARTS, BigBiGANConfig, ModelInfo, select_parts
 from bigbigan.discriminator import Discriminator, DiscriminatorOutput
 from bigbigan.encoder import Encoder, EncoderOutput
 from bigbigan.generator import Generator
@@ -46,7 +46,7 @@ class BigBiGAN(nn.Module):
     ) -> None:
         super().__init__()
         self.config, self.info = config, info or ModelInfo()
-        wanted = check_parts(config, parts)
+        wanted = select_parts(parts, config.parts, "this architecture")
         for name in PARTS:
             self.add_module(name, PART_CLASSES[name](getattr(config, name)) if name in wanted else None)
 
@@ -247,19 +247,6 @@ class BigBiGAN(nn.Module):
         if z.ndim != 2 or z.shape[1] != self.config.z_dim or len(z) == 0:
             raise ValueError(f"latents are {list(z.shape)}; expected [N, {self.config.z_dim}]")
         return z.to(self.device, self.dtype)
-
-
-def check_parts(config: BigBiGANConfig, parts: Sequence[str] | None) -> tuple[str, ...]:
-    """The wanted parts in canonical order; all that the config has if None."""
-    if parts is None:
-        return config.parts
-    wanted = (parts,) if isinstance(parts, str) else tuple(parts)
-    for part in wanted:
-        if part not in config.parts:
-            raise ValueError(f"no part {part!r} in this model; it has {', '.join(config.parts)}")
-    if not wanted:
-        raise ValueError(f"parts is empty; choose from {', '.join(config.parts)}")
-    return tuple(name for name in PARTS if name in wanted)
 
 
 def fresh_generator() -> torch.Generator:

@@ -17,7 +17,17 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from bigbigan.config import MAX_CONFIG_BYTES, PARTS, BigBiGANConfig, ConfigError, ModelInfo, from_dict, to_dict
+from bigbigan.config import (
+    MAX_CONFIG_BYTES,
+    PARTS,
+    BigBiGANConfig,
+    ConfigError,
+    ModelInfo,
+    from_dict,
+    ordered_parts,
+    select_parts,
+    to_dict,
+)
 from bigbigan.files import atomic_write, sync
 from bigbigan.integrity import (
     DTYPES,
@@ -128,32 +138,11 @@ def _parse_config(data: bytes, where: str) -> FolderConfig:
             raise ConfigError(f"files names {', '.join(unknown)[:200]}, which the architecture lacks")
         if not parsed.files:
             raise ConfigError("files is empty")
-        files = {part: from_dict(FileEntry, parsed.files[part], f"files.{part}") for part in _ordered(parsed.files)}
+        parts = ordered_parts(parsed.files)
+        files = {part: from_dict(FileEntry, parsed.files[part], f"files.{part}") for part in parts}
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from error
     return FolderConfig(ModelInfo(parsed.name, parsed.license, parsed.source, parsed.provenance), config, files)
-
-
-def select_parts(parts: Sequence[str] | None, available: Iterable[str], where: object) -> tuple[str, ...]:
-    """`parts` in standard order; None means all that are available.
-
-    Raises:
-        ValueError: for a name that is no part's, or a part that is not available, or no part at all.
-    """
-    available = _ordered(available)
-    wanted = available if parts is None else (parts,) if isinstance(parts, str) else tuple(parts)
-    if unknown := [part for part in wanted if part not in PARTS]:
-        raise ValueError(f"unknown part {unknown[0]!r}; parts are {', '.join(PARTS)}")
-    if lacking := [part for part in wanted if part not in available]:
-        raise ValueError(f"{where} has no {lacking[0]}; it has {', '.join(available)}")
-    if not wanted:
-        raise ValueError(f"name at least one part; {where} has {', '.join(available)}")
-    return _ordered(wanted)
-
-
-def _ordered(parts: Iterable[str]) -> tuple[str, ...]:
-    names = set(parts)
-    return tuple(part for part in PARTS if part in names)
 
 
 def load_folder(

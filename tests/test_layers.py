@@ -1,4 +1,4 @@
-"""Layers against formulas computed in NumPy: spectral norm, batch norms, fused resampling, attention, residual MLP."""
+"""Layers against formulas in NumPy: spectral norm, batch norms, fused resampling, attention, residual MLP."""
 
 from __future__ import annotations
 
@@ -307,14 +307,14 @@ def test_residual_mlp_has_two_layers_a_block() -> None:
 
 # ---- initialisation ----
 
-TINY_MLP = MLPConfig(8, 4, norm="batch")
+MLP = MLPConfig(8, 4, norm="batch")
 NETWORKS = {
-    "generator": lambda sn: tiny_generator(sn),
+    "generator": tiny_generator,
     "encoder": lambda sn: Encoder(
-        EncoderConfig(32, depths=(1, 1), base_channels=4, z_dim=4, head=TINY_MLP), spectral_norm=sn
+        EncoderConfig(32, depths=(1, 1), base_channels=4, z_dim=4, head=MLP), spectral_norm=sn
     ),
     "discriminator": lambda sn: Discriminator(
-        DiscriminatorConfig(32, 3, 4, 14, attention_resolution=8, z_mlp=TINY_MLP, joint_mlp=TINY_MLP),
+        DiscriminatorConfig(32, 3, 4, 14, attention_resolution=8, z_mlp=MLP, joint_mlp=MLP),
         spectral_norm=sn,
     ),
 }

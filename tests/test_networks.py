@@ -1,4 +1,4 @@
-"""Generator, discriminator and encoder against their published sizes and a NumPy re-computation (tests/reference.py)."""
+"""Generator, discriminator and encoder against their published sizes and a re-computation in NumPy."""
 
 from __future__ import annotations
 

@@ -136,9 +136,7 @@ def _linear(arguments: argparse.Namespace) -> int:
         "classifier": "multinomial logistic regression, standardised features, no augmentation",
     }
     protocol |= {"l2_grid": arguments.l2, "holdout": holdout, "seed": arguments.seed}
-    _report(
-        arguments, markdown_table(header, table), _record(model, protocol, train=train, test=test, results=results)
-    )
+    _report(arguments, markdown_table(header, table), _record(model, protocol, train=train, test=test, results=results))
     return 0
 
 

@@ -32,13 +32,10 @@ def add_parsers(commands: Commands) -> None:
         "draw images from random latents\n\n"
         "Writes one picture with all of them in a grid, or a folder of files 000000.png, 000001.png, …\n"
         "Image i depends on the seed and i alone: a larger -n adds to the same images.",
-        "Example: bigbigan generate -n 64 -o samples.png --seed 1\n"
-        "Exit codes: 0 done, 2 wrong usage or no such model.",
+        "Example: bigbigan generate -n 64 -o samples.png --seed 1\nExit codes: 0 done, 2 wrong usage or no such model.",
     )
     parser.add_argument("name", nargs="?", metavar="MODEL", help="the same as --model")
-    parser.add_argument(
-        "-n", "--number", type=positive, default=16, metavar="N", help="images (default: %(default)s)"
-    )
+    parser.add_argument("-n", "--number", type=positive, default=16, metavar="N", help="images (default: %(default)s)")
     parser.add_argument(
         "-o",
         "--output",
@@ -91,7 +88,8 @@ def add_parsers(commands: Commands) -> None:
         "Example: bigbigan interpolate a.png b.png -o strip.png --steps 10\n"
         "Exit codes: 0 done, 2 wrong usage, no such model or an unreadable image.",
     )
-    parser.add_argument("images", nargs=2, metavar=("A", "B"), help="image files")
+    parser.add_argument("a", metavar="A", help="an image file")
+    parser.add_argument("b", metavar="B", help="another one")
     parser.add_argument("-o", "--output", required=True, metavar="PICTURE", help=".png, .jpg or .webp")
     parser.add_argument("--steps", type=positive, default=8, metavar="N", help="drawings (default: %(default)s)")
     parser.add_argument("--spherical", action="store_true", help="along the arc, not the straight line")
@@ -205,9 +203,10 @@ def _interpolate(arguments: argparse.Namespace) -> int:
 
     from bigbigan.images import make_grid, save_image
 
-    check_picture(arguments.output, arguments.images)
+    images = [arguments.a, arguments.b]
+    check_picture(arguments.output, images)
     model = open_model(arguments, ("generator", "encoder"))
-    x = model.preprocess(arguments.images, **image_options(arguments))
+    x = model.preprocess(images, **image_options(arguments))
     z = model.encode(x).z_mean
     way = slerp if arguments.spherical else torch.lerp
     t = torch.linspace(0, 1, arguments.steps)[:, None].to(z)

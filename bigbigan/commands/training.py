@@ -25,7 +25,7 @@ def add_parsers(commands: Commands) -> None:
         "list training recipes\n\nWith a name: that recipe as JSON, whose fields `train --set` takes.",
         "Example: bigbigan recipes\nExit codes: 0 done, 2 no such recipe.",
     )
-    parser.add_argument("recipe", nargs="?", metavar="RECIPE")
+    parser.add_argument("recipe", nargs="?", metavar="RECIPE", help="one of them")
 
     parser = add_command(
         commands,
@@ -164,21 +164,19 @@ def _train(arguments: argparse.Namespace) -> int:
     from bigbigan.training.loop import TrainingStopped, train
 
     config = apply_settings(_recipe(arguments.recipe), arguments.settings)
+    if not arguments.dry_run and not (arguments.data and arguments.folder):
+        raise ValueError("training needs --data and --run (or --dry-run, to see the configuration alone)")
     print(json.dumps(to_dict(config), indent=2), flush=True)
     sizes = count_parameters(config.model)
     logger.info("parameters: %s", ", ".join(f"{part} {number:,}" for part, number in sizes.items()))
     if arguments.dry_run:
         return 0
-    if not arguments.data or not arguments.folder:
-        raise ValueError("training needs --data and --run (or --dry-run, to see the configuration alone)")
     set_threads(arguments)
     device = choose_device(arguments.device)
     dataset = open_dataset(arguments.data)
     logger.info("%d training images, %d classes", len(dataset), len(dataset.class_names))
     try:
-        train(
-            config, dataset, arguments.folder, device=device, max_minutes=arguments.max_minutes, keep=arguments.keep
-        )
+        train(config, dataset, arguments.folder, device=device, max_minutes=arguments.max_minutes, keep=arguments.keep)
     except TrainingStopped as stopped:
         print(f"bigbigan train: {stopped}", file=sys.stderr)
         return stopped.exit_code

@@ -152,7 +152,7 @@ class _Objective:
             max_iter=max_iterations,
             max_eval=2 * max_iterations,
             tolerance_grad=tolerance,
-            tolerance_change=0,
+            tolerance_change=1e-14,  # ends a line search that rounding has stalled
             history_size=20,
             line_search_fn="strong_wolfe",
         )

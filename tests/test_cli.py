@@ -1,0 +1,468 @@
+"""The command line: pictures, features, models, runs; messages, exit codes, signals and kills of real processes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from bigbigan import BigBiGAN, create_model, hub, load
+from bigbigan.cli import build_parser, main
+from bigbigan.config import to_dict
+from bigbigan.images import to_uint8
+from bigbigan.presets import PRESETS
+
+TINY = PRESETS["bigbigan-tiny"].config
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Networks this small only lose by sharing their work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BIGBIGAN_HOME", str(tmp_path_factory.mktemp("home")))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A model folder: 32 pixels, RGB, random weights."""
+    path = tmp_path_factory.mktemp("model") / "tiny"
+    create_model("bigbigan-tiny", seed=7).save(path)
+    return str(path)
+
+
+def make_images(folder: Path, number: int, side: int = 32) -> list[Path]:
+    folder.mkdir(parents=True, exist_ok=True)
+    draws = np.random.default_rng(number)
+    paths = [folder / f"{index:04d}.png" for index in range(number)]
+    for path in paths:
+        Image.fromarray(draws.integers(0, 256, (side, side, 3), np.uint8)).save(path)
+    return paths
+
+
+def pixels(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path))
+
+
+def cells(path: Path, columns: int, side: int, gap: int = 2) -> np.ndarray:
+    """[N, side, side, C]: the pictures of a grid, row by row."""
+    grid = pixels(path)
+    rows = (grid.shape[0] + gap) // (side + gap)
+    corners = [(row * (side + gap), column * (side + gap)) for row in range(rows) for column in range(columns)]
+    return np.stack([grid[top : top + side, left : left + side] for top, left in corners])
+
+
+def run(*arguments: object, **options: Any) -> subprocess.Popen[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "bigbigan", *map(str, arguments)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
+    return subprocess.Popen(command, text=True, env=environment, cwd=Path(__file__).parents[1], **pipes)
+
+
+def leaves(parser: argparse.ArgumentParser, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    inner = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    if not inner:
+        yield path, parser
+    for action in inner:
+        for name, child in action.choices.items():
+            yield from leaves(child, (*path, name))
+
+
+@pytest.mark.parametrize(
+    ("path", "parser"), [pytest.param(*leaf, id=" ".join(leaf[0])) for leaf in leaves(build_parser())]
+)
+def test_every_help_suffices(path: tuple[str, ...], parser: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([*path, "--help"])
+    text = capsys.readouterr().out
+    assert stop.value.code == 0
+    assert f"Example: bigbigan {' '.join(path)}" in text
+    assert "Exit codes: 0 done" in text or "Exit codes: 0 all done" in text
+    assert max(map(len, text.splitlines())) <= 110
+    unexplained = [action.dest for action in parser._actions if not action.help]
+    assert not unexplained
+
+
+def test_the_help_needs_no_torch() -> None:
+    # The package's own __init__ offers the whole API; what is measured here is the command's share.
+    code = (
+        "import sys, types; package = types.ModuleType('bigbigan'); package.__path__ = [sys.argv[1]];"
+        "sys.modules['bigbigan'] = package; from bigbigan.cli import build_parser; build_parser().format_help();"
+        "assert not {'torch', 'numpy', 'PIL', 'huggingface_hub'} & set(sys.modules)"
+    )
+    package = str(Path(__file__).parents[1] / "bigbigan")
+    subprocess.run([sys.executable, "-c", code, package], check=True)
+
+
+def test_generate(tmp_path: Path, folder: str) -> None:
+    assert (
+        main(["generate", folder, "-n", "5", "-o", str(tmp_path / "grid.png"), "--columns", "3", "--scale", "1"]) == 0
+    )
+    expected = to_uint8(load(folder).generate(5, seed=0))
+    found = cells(tmp_path / "grid.png", 3, 32)
+    assert np.array_equal(found[:5], expected)
+    assert (found[5] == 255).all()
+
+    assert main(["generate", "--model", folder, "-n", "34", "-o", f"{tmp_path}/single/", "--seed", "0"]) == 0
+    names = sorted(path.name for path in (tmp_path / "single").iterdir())
+    assert names == [f"{index:06d}.png" for index in range(34)]
+    for index in range(5):  # a larger number adds images
+        again = pixels(tmp_path / f"single/{index:06d}.png").astype(int)
+        assert abs(again - expected[index]).max() <= 1
+    options = ["--truncation", "0.5", "--truncation-mode", "scale", "--upsample", "--seed", "3", "--columns", "1"]
+    assert main(["generate", folder, "-n", "2", "-o", str(tmp_path / "up.png"), *options]) == 0
+    upsampled = load(folder).generate(2, seed=3, truncation=0.5, truncation_mode="scale", upsample=True)
+    assert np.array_equal(cells(tmp_path / "up.png", 1, 64), to_uint8(upsampled))
+
+
+def test_reconstruct_shows_originals_above_reconstructions(tmp_path: Path, folder: str) -> None:
+    files = make_images(tmp_path / "in", 5)
+    inputs = [str(files[4]), str(tmp_path / "in")]  # a file, then a folder: 6 images
+    output = tmp_path / "grid.png"
+    assert main(["reconstruct", *inputs, "-o", str(output), "--model", folder, "--columns", "4", "--scale", "1"]) == 0
+    found = cells(output, 4, 32).reshape(2, 2, 4, 32, 32, 3)  # pairs of rows; above and below; columns
+    order = [files[4], *files]
+    again = to_uint8(load(folder).reconstruct(order))
+    for index, file in enumerate(order):
+        assert np.array_equal(found[index // 4, 0, index % 4], pixels(file))
+        assert np.array_equal(found[index // 4, 1, index % 4], again[index])
+    assert (found[1, :, 2:] == 255).all()
+
+    options = ["--use-sample", "--seed", "4", "--upsample", "--invert", "--scale", "1"]
+    assert main(["reconstruct", str(files[0]), "-o", str(output), "--model", folder, *options]) == 0
+    above, below = cells(output, 1, 64)
+    assert np.array_equal(above[::2, ::2], 255 - pixels(files[0]))
+    expected = load(folder).reconstruct(files[0], use_sample=True, seed=4, upsample=True, invert=True)
+    assert np.array_equal(below, to_uint8(expected)[0])
+
+
+def test_interpolate(tmp_path: Path, folder: str) -> None:
+    a, b = map(str, make_images(tmp_path / "in", 2))
+    model, output = load(folder), tmp_path / "strip.png"
+    z = model.encode([a, b]).z_mean
+    for option, middle in (([], (z[0] + z[1]) / 2), (["--spherical"], None)):
+        assert (
+            main(["interpolate", a, b, "-o", str(output), "--model", folder, "--steps", "3", "--scale", "1", *option])
+            == 0
+        )
+        found = cells(output, 5, 32).astype(int)
+        assert np.array_equal(found[0], pixels(Path(a)))
+        assert np.array_equal(found[4], pixels(Path(b)))
+        if middle is None:  # half the arc: the bisector, whose length is that of the sum over 2 cos(angle / 2)
+            cosine = torch.cosine_similarity(z[0], z[1], dim=0)
+            middle = (z[0] + z[1]) / (2 * ((1 + cosine) / 2).sqrt())
+        drawn = to_uint8(model.generate(torch.stack([z[0], middle, z[1]]))).astype(int)
+        assert abs(found[1:4] - drawn).max() <= 1
+
+
+def test_encode_reports_in_its_exit_code(tmp_path: Path, folder: str, capsys: pytest.CaptureFixture[str]) -> None:
+    files, output = make_images(tmp_path / "in", 6), tmp_path / "out.npz"
+    options = [
+        "-o",
+        str(output),
+        "--model",
+        folder,
+        "--outputs",
+        "z_sample,avepool_feat",
+        "--seed",
+        "2",
+        "--crop",
+        "none",
+    ]
+    assert main(["encode", str(tmp_path / "in"), *options]) == 0
+    expected = load(folder).encode(files, seed=2, crop="none")
+    with np.load(output) as arrays:
+        assert sorted(arrays) == ["avepool_feat", "paths", "z_sample"]
+        assert np.array_equal(arrays["z_sample"], expected.z_sample.numpy())
+        assert arrays["paths"].tolist() == [path.name for path in files]
+    assert "6 of 6 images" in capsys.readouterr().err
+
+    (tmp_path / "in" / "bad\n.png").write_bytes(b"no picture")
+    assert main(["encode", str(tmp_path / "in"), *options]) == 1
+    err = capsys.readouterr().err
+    assert "skipped bad\\n.png: not readable as PNG" in err
+    assert "6 of 7 images" in err
+    assert main(["encode", str(tmp_path / "in" / "bad\n.png"), *options, "--quiet"]) == 3
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    assert main(["encode", str(tmp_path / "in"), "-o", str(tmp_path / "out.csv"), "--model", folder]) == 2
+    assert main(["encode", str(tmp_path / "nowhere"), *options]) == 2
+
+
+def test_encode_killed_goes_on_with_the_rest(tmp_path: Path, folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_images(tmp_path / "in", 1000, side=8)
+    (tmp_path / "in" / "0100.png").write_bytes(b"bad")
+    output, whole = tmp_path / "out.npz", tmp_path / "whole.npz"
+    command = ["encode", str(tmp_path / "in"), "--model", folder, "--outputs", "avepool_feat,z_sample", "-o"]
+    assert main([*command, str(whole)]) == 1
+    process = run(*command, output)
+    piece = tmp_path / "out.npz.partial" / "000000.safetensors"
+    while not piece.exists() and process.poll() is None:
+        time.sleep(0.001)
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert not output.exists()
+    finished = len(list(piece.parent.glob("[0-9]*.safetensors")))
+    assert 1 <= finished < 4
+
+    rows, encode = [], BigBiGAN.encode
+    monkeypatch.setattr(
+        BigBiGAN, "encode", lambda self, x, **options: (rows.append(len(x)), encode(self, x, **options))[1]
+    )
+    assert main([*command, str(output)]) == 1
+    assert sum(rows) == 999 - 256 * finished
+    assert output.read_bytes() == whole.read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "in", "out.npz", "out.npz.failures.jsonl", "whole.npz", "whole.npz.failures.jsonl"
+    ]  # fmt: skip
+
+
+def test_errors_are_one_line(tmp_path: Path, folder: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (picture,) = make_images(tmp_path / "in", 1)
+    before = picture.read_bytes()
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    out = str(tmp_path / "out.png")
+    cases = [
+        (["generate", "no-such-model", "-o", out], "no preset 'no-such-model'"),
+        (["generate", str(tmp_path / "gone"), "-o", out], "there is no folder"),
+        (["generate", str(tmp_path), "-o", out], "is no model folder"),
+        (["generate", "bigbigan-resnet50", "-o", out], "bigbigan convert bigbigan-resnet50"),
+        (["generate", folder, "--model", folder, "-o", out], "give one of them"),
+        (["generate", folder, "-o", str(tmp_path / "out.gif")], "cannot write '.gif'"),
+        (["generate", folder, "-o", out, "--truncation", "0"], "truncation is 0.0"),
+        (["generate", folder, "-o", out, "--seed", "-1"], "seed is -1"),
+        (["generate", folder, "-o", out, "--device", "tpu"], "choose auto, cpu, cuda or mps"),
+        (["generate", folder, "-o", out, "--revision", "main"], "has no revisions"),
+        (["reconstruct", "-o", out, "--model", folder], "name the images to reconstruct"),
+        (["reconstruct", str(tmp_path / "bad.png"), "-o", out, "--model", folder], "bad.png: not readable"),
+        (["reconstruct", str(tmp_path / "in"), "-o", str(picture), "--model", folder], "is an input"),
+        (["encode", str(picture), "-o", str(tmp_path / "a.npz"), "--model", folder, "--outputs", "z"], "no output 'z'"),
+        (["info", "no-such-model"], "no preset"),
+        (["train", "bigbigan-tiny-typo", "--dry-run"], "there is bigbigan-fashion-mnist-32"),
+        (["train", "bigbigan-fashion-mnist-32"], "needs --data and --run"),
+        (["export", str(tmp_path), "-o", str(tmp_path / "x")], "is no run folder"),
+        (["evaluate", "linear", "--data", str(tmp_path / "in"), "--model", folder], "'test' split"),
+    ]
+    for arguments, message in cases:
+        assert main(arguments) == 2, arguments
+        captured = capsys.readouterr()
+        lines = captured.err.splitlines()
+        assert len(lines) == 1, lines
+        assert lines[0].startswith(f"bigbigan {arguments[0]}: ")
+        assert message in lines[0], lines[0]
+    assert picture.read_bytes() == before
+    for arguments in ([], ["generate"], ["generate", "-o", out, "-n", "0"], ["paint"], ["list", "--colour"]):
+        with pytest.raises(SystemExit) as stop:
+            main(arguments)
+        assert stop.value.code == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.png", "in"]
+
+
+def test_a_bug_shows_its_traceback(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise KeyError("a bug")
+
+    monkeypatch.setattr(hub, "load", broken)
+    with pytest.raises(KeyError, match="a bug"):
+        main(["generate", "-o", str(tmp_path / "out.png")])
+
+
+def test_a_closed_stdout_is_quiet() -> None:
+    process = run("recipes", "bigbigan-fashion-mnist-32")
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    err = process.stderr.read()
+    assert (process.wait(), err) == (141, "")
+
+
+def test_list(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(hub, "has_weights", lambda name: name == "bigbigan-cifar10-32", raising=False)
+    assert main(["list", "bigbigan_*[t0]-32", "--json"]) == 0
+    found = {entry["name"]: entry for entry in json.loads(capsys.readouterr().out)}
+    assert list(found) == ["bigbigan-fashion-mnist-32", "bigbigan-mnist-32", "bigbigan-cifar10-32"]
+    entry = found["bigbigan-cifar10-32"]
+    model = create_model("bigbigan-cifar10-32")
+    for part in model.parts:
+        assert entry["parameters"][part] == sum(p.numel() for p in getattr(model, part).parameters())
+    assert (entry["generator_resolution"], entry["encoder_resolution"], entry["weights"]) == (32, 32, "hub")
+    assert found["bigbigan-mnist-32"]["weights"] is None
+    assert main(["list", "*no-e*"]) == 0
+    header, *rows = capsys.readouterr().out.splitlines()
+    assert header.split()[0] == "NAME"
+    assert [row.split()[:3] for row in rows] == [["bigbigan-no-e", "128", "-"]]
+
+
+def test_info(folder: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", folder, "--json"]) == 0
+    found, written = json.loads(capsys.readouterr().out), json.loads((Path(folder) / "config.json").read_text())
+    for key in ("name", "license", "source", "provenance", "files", "architecture"):
+        assert found[key] == written[key], key
+    assert main(["info", folder]) == 0
+    lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines() if " " in line.strip())
+    assert lines["files.encoder.sha256"] == written["files"]["encoder"]["sha256"]
+    assert lines["architecture.encoder.depths"] == "[1, 1, 1, 1]"
+    assert main(["info", "bigbigan-revnet50x4", "--json"]) == 0  # no weights here
+    found = json.loads(capsys.readouterr().out)
+    assert found["weights"] is None
+    assert "bigbigan convert bigbigan-revnet50x4" in found["how_to_get_weights"]
+    assert found["architecture"]["encoder"]["base_channels"] == 256
+
+
+def settings(**fields: object) -> list[str]:
+    """A run of seconds, by `--set`."""
+    base = {"model": to_dict(TINY), "total_images": 32, "batch_size": 8, "standing_passes": 2, "probe_images": 0}
+    return [f"--set={key}={json.dumps(value)}" for key, value in {**base, **fields}.items()]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two classes, dark and bright, that differ in nothing else."""
+    root, draws = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
+    for split, number in (("train", 30), ("test", 10)):
+        for name, low in (("dark", 0), ("bright", 128)):
+            (root / split / name).mkdir(parents=True)
+            for index in range(number):
+                Image.fromarray(draws.integers(low, low + 128, (32, 32, 3), np.uint8)).save(
+                    root / split / name / f"{index}.png"
+                )
+    return root
+
+
+RECIPE = "bigbigan-fashion-mnist-32"
+
+
+def test_train_settings(capsys: pytest.CaptureFixture[str]) -> None:
+    changes = ["--set", "model.encoder.base_channels=48", "--set", "augmentation.flip=true", "--set", "name=mine"]
+    assert main(["train", RECIPE, "--dry-run", *changes, "--set", "model.encoder.depths=[2,1,1,1]"]) == 0
+    captured = capsys.readouterr()
+    assert main(["recipes", RECIPE]) == 0
+    found, expected = json.loads(captured.out), json.loads(capsys.readouterr().out)
+    expected["model"]["encoder"] |= {"base_channels": 48, "depths": [2, 1, 1, 1]}
+    expected["augmentation"]["flip"] = True
+    expected["name"] = "mine"
+    assert found == expected
+    assert "discriminator 609,859" in captured.err
+    for setting, message in (
+        ("model.encoder.base_chanels=3", "close: model.encoder.base_channels"),
+        ("lr=3", "no field 'lr'"),
+        ("lr_g.x=3", "no field 'lr_g.x'"),
+        ("batch_size=many", "batch_size"),
+        ("batch_size=0", "at least 1"),
+        ("batch_size", "is not KEY=VALUE"),
+        ("precision=fp64", "precision"),
+    ):
+        assert main(["train", RECIPE, "--dry-run", "--set", setting]) == 2
+        captured = capsys.readouterr()
+        assert message in captured.err
+        assert captured.out == ""
+
+
+def test_train_then_export(tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, output = tmp_path / "run", tmp_path / "model"
+    command = ["train", RECIPE, "--data", str(data), "--run", str(folder), *settings(snapshot_images=16, name="mine")]
+    assert main(command) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert json.loads((folder / "config.json").read_text())["train"] == printed
+    snapshots = sorted(path.name for path in (folder / "snapshots").iterdir())
+    assert snapshots[-1] == "images-0000000032"
+    changed = [*command, "--set", "lr_g=1"]
+    assert main(changed) == 2
+    assert "lr_g was 0.0002, now 1.0" in capsys.readouterr().err
+
+    assert (
+        main(
+            ["export", str(folder), "-o", str(output), "--license", "MIT", "--note", "purpose=a test", "--note", "n=3"]
+        )
+        == 0
+    )
+    model = load(output)
+    assert (model.info.name, model.info.license) == ("mine", "MIT")
+    assert model.info.provenance["purpose"] == "a test"
+    assert (model.info.provenance["n"], model.info.provenance["num_images"]) == (3, 32)
+    assert model.info.provenance["training"]["total_images"] == 32
+    expected = load(folder / "snapshots" / "images-0000000032").state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
+    assert main(["export", str(folder), "-o", str(tmp_path / "b"), "--snapshot", "17"]) == 2
+    assert "give best, last, or one of" in capsys.readouterr().err
+    assert main(["export", str(folder), "-o", str(folder / "snapshots" / snapshots[-1])]) == 2
+
+
+def test_export_takes_the_best_snapshot(tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "run"
+    assert main(["train", RECIPE, "--data", str(data), "--run", str(folder), *settings()]) == 0
+    newest = folder / "snapshots" / "images-0000000032"
+    model = load(newest)
+    for number, score in ((8, 0.5), (16, 0.7), (24, 0.7), (32, 0.6)):
+        model.info.provenance.update(num_images=number, held_out={"linear_avepool_feat": score})
+        model.save(folder / "snapshots" / f"images-{number:010d}")
+    for which, number in (("best", 16), ("last", 32), ("24", 24)):
+        assert main(["export", str(folder), "-o", str(tmp_path / which), "--snapshot", which]) == 0
+        assert load(tmp_path / which).info.provenance["num_images"] == number
+    capsys.readouterr()
+
+
+def test_a_loss_that_is_not_finite_ends_with_1(tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    changes = settings(lr_g=1e30, lr_d=1e30, total_images=800)
+    assert main(["train", RECIPE, "--data", str(data), "--run", str(tmp_path / "run"), *changes]) == 1
+    assert capsys.readouterr().err.splitlines()[-1].startswith("bigbigan train: the ")
+
+
+def test_sigterm_writes_a_checkpoint_and_exits_143(tmp_path: Path, data: Path) -> None:
+    changes = settings(total_images=10**6, log_images=8, checkpoint_images=10**6, snapshot_images=10**6)
+    process = run("train", RECIPE, "--data", data, "--run", tmp_path / "run", *changes, "--threads", "1")
+    log = tmp_path / "run" / "metrics.jsonl"
+    while not (log.exists() and log.stat().st_size) and process.poll() is None:
+        time.sleep(0.01)
+    process.terminate()
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 143, err
+    assert "stopped by SIGTERM" in err.splitlines()[-1]
+    assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 1
+
+
+def test_evaluate_linear(tmp_path: Path, data: Path, folder: str, capsys: pytest.CaptureFixture[str]) -> None:
+    record = tmp_path / "record.json"
+    command = ["evaluate", "linear", "--data", str(data), "--model", folder, "--holdout", "12", "--l2", "0.1"]
+    assert main([*command, "--baselines", "--json", str(record)]) == 0
+    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()]
+    assert table[0] == ["Representation", "Feature", "Width", "Top-1 %", "Top-5 %", "L2"]
+    found = json.loads(record.read_text())
+    names = [(row["representation"], row["feature"]) for row in found["results"]]
+    assert [(row[0], row[1]) for row in table[2:]] == names
+    assert len(names) == 7
+    accuracy = {name: row["accuracy"] for name, row in zip(names, found["results"], strict=True)}
+    assert accuracy["raw pixels", "pixels"] == 1.0  # brightness is linear in them
+    assert accuracy["bigbigan-tiny", "avepool_feat"] == 1.0
+    assert found["data"]["train"]["images"] == 60
+    assert found["protocol"]["holdout"] == 12
+    assert len(found["model"]["encoder_digest"]) == 64
+    assert main([*command, "0.01", "--features", "z_mean"]) == 0
+    _, text = capsys.readouterr().out.split("\n\n")
+    (result,) = json.loads(text)["results"]
+    assert (result["num_features"], sorted(result["holdout_accuracy"])) == (TINY.z_dim, ["0.01", "0.1"])
+
+
+def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    from bigbigan._version import __version__
+
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert capsys.readouterr().out == f"bigbigan {__version__}\n"
