@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _one_line(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
-    return str(error).replace("\n", " ") or type(error).__name__
+    return ". ".join(line.rstrip(".") for line in str(error).splitlines()) or type(error).__name__
 
 
 @contextmanager

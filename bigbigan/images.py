@@ -43,7 +43,6 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 MAX_PIXELS = 64_000_000
 WHITE = (255, 255, 255)
-
 _SAVE_OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     ".png": ("PNG", {}),
     ".jpg": ("JPEG", {"quality": 95}),
@@ -434,3 +433,8 @@ def list_images(folder: str | os.PathLike[str]) -> list[Path]:
     if not found:
         raise ValueError(f"{root}: no pictures in it; looked for {', '.join(IMAGE_SUFFIXES)}")
     return sorted(found, key=lambda path: path.relative_to(root).as_posix())
+
+
+def asset_images() -> list[Path]:
+    """The pictures inside the package: 32 of Fashion-MNIST's test set, which its model has not seen in training."""
+    return list_images(Path(__file__).with_name("assets") / "fashion_mnist_test")

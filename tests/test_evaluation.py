@@ -28,10 +28,11 @@ def draw(seed: int, *shape: int) -> Tensor:
 
 
 def correlated(n: int, classes: int) -> tuple[Tensor, Tensor]:
-    """Overlapping classes, on features with very unequal directions and an offset."""
+    """Overlapping classes, on centred features with very unequal directions."""
     y = torch.arange(n) % classes
     x = draw(0, n, 12) + draw(1, classes, 12)[y]
-    return x @ draw(2, 12, 12) * torch.logspace(-1, 1, 12, dtype=torch.float64) + 3, y
+    x = x @ draw(2, 12, 12) * torch.logspace(-1, 1, 12, dtype=torch.float64)
+    return x - x.mean(0), y
 
 
 @pytest.mark.parametrize("classes", [2, 4])
@@ -40,31 +41,33 @@ def test_solver_finds_scikit_learns_minimum(classes: int, l2: float) -> None:
     """Its terms for the same objective: C = 1 / (N l2)."""
     sklearn = pytest.importorskip("sklearn.linear_model")
     x, y = correlated(400, classes)
-    *_, (_, weight, bias) = logistic_path(x, y, [1.0, l2], num_classes=classes, tolerance=1e-10)
+    *_, (_, weight, bias) = logistic_path(x, y, [1.0, l2], num_classes=classes, tolerance=2e-8)
     # Of two classes it fits the difference d only; our two outputs, -d/2 and d/2, have half of its penalty.
     strength = l2 / 2 if classes == 2 else l2
     reference = sklearn.LogisticRegression(C=1 / (len(x) * strength), tol=1e-12, max_iter=10_000, solver="newton-cg")
     reference.fit(x.numpy(), y.numpy())
     ours = weight[1:] - weight[:1] if classes == 2 else weight
-    torch.testing.assert_close(ours, torch.from_numpy(reference.coef_), rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(ours, torch.from_numpy(reference.coef_), rtol=0, atol=5e-5)
     probabilities = F.softmax(x @ weight.T + bias, dim=1)
-    torch.testing.assert_close(probabilities, torch.from_numpy(reference.predict_proba(x.numpy())), rtol=0, atol=1e-7)
+    torch.testing.assert_close(probabilities, torch.from_numpy(reference.predict_proba(x.numpy())), rtol=0, atol=5e-6)
 
 
 def test_float32_features_give_the_float64_solution() -> None:
     x, y = correlated(3000, 4)  # three chunks
-    [(_, wide, _)] = logistic_path(x, y, [1e-3], num_classes=4, tolerance=1e-9)
-    [(_, narrow, _)] = logistic_path(x.float(), y, [1e-3], num_classes=4)
-    assert narrow.dtype == torch.float64
-    torch.testing.assert_close(narrow, wide, rtol=1e-2, atol=1e-3)
+    wide, narrow = (
+        next(logistic_path(rows, y, [1e-3], num_classes=4, tolerance=tolerance))[1:]
+        for rows, tolerance in ((x, 1e-7), (x.float(), 1e-5))
+    )
+    expected, got = (F.softmax(x @ weight.T + bias, dim=1) for weight, bias in (wide, narrow))
+    torch.testing.assert_close(got, expected, rtol=0, atol=2e-3)
 
 
 def test_solution_computed_by_hand() -> None:
     """x = -1 in class 0, +1 in class 1: log(1 + exp(-2w)) + l2 w^2 is least at w = 1/2 if l2 = 2 / (1 + e)."""
     x, y = torch.tensor([[-1.0], [1.0]], dtype=torch.float64).repeat(3, 1), torch.tensor([0, 1]).repeat(3)
-    [(_, weight, bias)] = logistic_path(x, y, [2 / (1 + math.e)], num_classes=2, tolerance=1e-12)
-    assert weight[:, 0].tolist() == pytest.approx([-0.5, 0.5], abs=1e-10)
-    assert bias.tolist() == pytest.approx([0, 0], abs=1e-10)
+    [(_, weight, bias)] = logistic_path(x, y, [2 / (1 + math.e)], num_classes=2, tolerance=1e-8)
+    assert weight[:, 0].tolist() == pytest.approx([-0.5, 0.5], abs=1e-7)
+    assert bias.tolist() == pytest.approx([0, 0], abs=1e-7)
 
 
 def test_a_fit_that_stops_early_says_so(caplog: pytest.LogCaptureFixture) -> None:
@@ -91,13 +94,17 @@ def test_probe_follows_its_protocol() -> None:
     for l2 in grid:
         scaler, model = fit(order[:400], l2)
         scores[l2] = model.score(scaler.transform(train[0][order[400:]].numpy()), train[1][order[400:]].numpy())
-    assert result.holdout_accuracy == pytest.approx(scores, abs=1e-9)
-    assert len(set(scores.values())) > 1
+    assert result.holdout_accuracy == pytest.approx(scores, abs=1.01 / 200)  # one row on the line between two classes
+    assert min(np.diff(sorted(scores.values()))) > 0.02  # so that the choice is no matter of rounding
     assert result.l2 == max(scores, key=scores.__getitem__)
     scaler, model = fit(torch.arange(600), result.l2)
-    assert result.accuracy == pytest.approx(model.score(scaler.transform(test[0].numpy()), test[1].numpy()), abs=1e-9)
+    assert result.accuracy == pytest.approx(
+        model.score(scaler.transform(test[0].numpy()), test[1].numpy()), abs=1.01 / 300
+    )
     ranks = model.predict_proba(scaler.transform(test[0].numpy())).argsort(1)[:, -5:]
-    assert result.top5 == pytest.approx((model.classes_[ranks] == test[1].numpy()[:, None]).any(1).mean(), abs=1e-9)
+    assert result.top5 == pytest.approx(
+        (model.classes_[ranks] == test[1].numpy()[:, None]).any(1).mean(), abs=1.01 / 300
+    )
     assert (result.n_train, result.n_test, result.num_features) == (600, 300, 12)
 
 
@@ -165,14 +172,14 @@ def toy(n: int, side: int = 16) -> tuple[Tensor, Tensor]:
 
 @pytest.fixture(scope="module")
 def classifier() -> Classifier:
-    return train_classifier(*toy(256), num_classes=2, epochs=4, batch_size=32)
+    return train_classifier(*toy(160), num_classes=2, epochs=3, batch_size=16)
 
 
 def test_classifier_learns_and_its_seed_decides(classifier: Classifier) -> None:
     assert classifier_accuracy(classifier, *toy(100)) == 1.0
     assert classifier_accuracy(classifier, *toy(100, side=24)) == 1.0
     state = torch.get_rng_state()
-    same, other = (train_classifier(*toy(256), num_classes=2, epochs=4, batch_size=32, seed=s) for s in (0, 1))
+    same, other = (train_classifier(*toy(160), num_classes=2, epochs=3, batch_size=16, seed=s) for s in (0, 1))
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(a, b) for a, b in zip(classifier.parameters(), same.parameters(), strict=True))
     assert not torch.equal(classifier[0].weight, other[0].weight)
@@ -180,9 +187,15 @@ def test_classifier_learns_and_its_seed_decides(classifier: Classifier) -> None:
 
 
 def test_flip_shows_the_classifier_mirrored_pictures() -> None:
-    """Left and right are then one class: what a toy whose classes are mirror images cannot survive."""
-    flipped = train_classifier(*toy(256), num_classes=2, epochs=4, batch_size=32, flip=True)
-    assert classifier_accuracy(flipped, *toy(100)) < 0.8
+    """Class 0 is bright on the left half, class 1 on the right quarter: what is bright on the right half?"""
+    images, y = toy(160)
+    images[y == 1, :, :, 8:12] -= 150
+    plain, flipped = (
+        train_classifier(images, y, num_classes=2, epochs=3, batch_size=16, flip=flip) for flip in (False, True)
+    )
+    mirrored = images[y == 0].flip(3)
+    assert classifier_accuracy(flipped, mirrored, torch.zeros(80, dtype=torch.long)) == 1.0
+    assert classifier_accuracy(plain, mirrored, torch.zeros(80, dtype=torch.long)) < 0.5
 
 
 def test_agreement_tells_kept_from_lost_labels(classifier: Classifier) -> None:

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import logging
 import os
 import random
 import shutil
+import signal
 import struct
+import subprocess
 import sys
+import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -102,26 +107,37 @@ def png_header(width: int, height: int) -> bytes:
     )
 
 
+def bad_files(whole: bytes) -> list[tuple[str, bytes]]:
+    """Suffix and content of what looks like a picture and is none, given one that is."""
+    floats = io.BytesIO()
+    Image.new("F", (30, 30)).save(floats, "TIFF")
+    return [
+        (".png", b""),
+        (".png", whole[: len(whole) // 2]),
+        (".png", whole[:20]),
+        (".jpg", b"<html><body>404</body></html>"),
+        (".png", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 4\n"),
+        (".png", b"%!PS-Adobe-3.0 EPSF-3.0\n"),
+        (".png", b"8BPS\0\1" + bytes(60)),
+        (".png", png_header(60_000, 60_000)),
+        (".png", png_header(1, 1)),
+        (".jpeg", b"\xff\xd8\xff\xe0" + random.Random(0).randbytes(400)),
+        (".gif", b"GIF89a\x10\x00\x10\x00\xf0\x00\x00"),
+        (".tiff", floats.getvalue()),
+        (".webp", b"RIFF\x10\0\0\0WEBPVP8 " + bytes(8)),
+    ]
+
+
 def test_bad_files_are_reported_and_change_no_other_row(tmp_path: Path, model: BigBiGAN) -> None:
     clean, dirty = tmp_path / "clean", tmp_path / "dirty"
     make_images(clean, 50)
     shutil.copytree(clean, dirty)
-    whole = (clean / "0007.png").read_bytes()
-    bad = {
-        "0000a.png": b"",
-        "0003a.png": whole[: len(whole) // 2],
-        "0003b.png": whole[:20],
-        "0011a.jpg": b"<html><body>404</body></html>",
-        "0015a.png": b"%!PS-Adobe-3.0 EPSF-3.0\n",
-        "0015b.png": png_header(60_000, 60_000),
-        "0031a.png": png_header(1, 1),
-        "0031b.jpeg": b"\xff\xd8\xff\xe0" + random.Random(0).randbytes(400),
-        "0049a.gif": b"GIF89a\x10\x00\x10\x00\xf0\x00\x00",
-    }
-    for name, data in bad.items():
-        (dirty / name).write_bytes(data)
-    Image.new("F", (30, 30)).save(dirty / "0049b.tiff")
-    bad["0049b.tiff"] = b""
+    bad = []
+    for index, (suffix, data) in enumerate(bad_files((clean / "0007.png").read_bytes())):
+        bad.append(f"{4 * index % 50:04d}a{suffix}")
+        (dirty / bad[-1]).write_bytes(data)
+    (dirty / "0049z.png").write_bytes(b"")
+    bad.append("0049z.png")
     for suffix in (".npz", ".parquet"):
         one, other = tmp_path / f"clean{suffix}", tmp_path / f"dirty{suffix}"
         assert encode_files(model, find_images([clean]), one, batch_size=8).failed == []
@@ -136,6 +152,38 @@ def test_bad_files_are_reported_and_change_no_other_row(tmp_path: Path, model: B
         (dirty / name).unlink()
     encode_files(model, find_images([dirty]), tmp_path / "dirty.npz", batch_size=8)
     assert not (tmp_path / "dirty.npz.failures.jsonl").exists()  # an old report would accuse files that are gone
+
+
+@pytest.mark.slow
+def test_ten_kills_of_a_dirty_folder(tmp_path: Path, model: BigBiGAN) -> None:
+    draws, folder = random.Random(0), tmp_path / "in"
+    kinds = bad_files(make_images(folder, 900)[0].read_bytes())
+    for index in range(100):
+        suffix, data = kinds[index % len(kinds)]
+        (folder / f"{draws.randrange(900):04d}-{index}{suffix}").write_bytes(data)
+    model.save(tmp_path / "model")
+    command = [sys.executable, "-m", "bigbigan", "encode", "in", "--model", "model", "--threads", "1", "-o"]
+    package = str(Path(features.__file__).parents[2])
+    options: dict[str, Any] = {"cwd": tmp_path, "env": {**os.environ, "PYTHONPATH": package}, "stderr": subprocess.PIPE}
+    assert subprocess.run([*command, "whole.npz"], **options).returncode == 1
+    kills = 0
+    while kills < 10:
+        process = subprocess.Popen([*command, "out.npz"], **options)
+        while not (tmp_path / "out.npz.partial").exists() and process.poll() is None:
+            time.sleep(0.001)
+        time.sleep(draws.random() * 1.5)
+        process.kill()
+        process.communicate()
+        kills += process.returncode == -signal.SIGKILL
+        if (tmp_path / "out.npz").exists():  # it was faster
+            assert (tmp_path / "out.npz").read_bytes() == (tmp_path / "whole.npz").read_bytes()
+            (tmp_path / "out.npz").unlink()
+    assert subprocess.run([*command, "out.npz"], **options).returncode == 1
+    assert (tmp_path / "out.npz").read_bytes() == (tmp_path / "whole.npz").read_bytes()
+    rows = (tmp_path / "out.npz.failures.jsonl").read_text().splitlines()
+    assert len(rows) == 100
+    assert rows == (tmp_path / "whole.npz.failures.jsonl").read_text().splitlines()
+    assert not (tmp_path / "out.npz.partial").exists()
 
 
 def test_nothing_readable_leaves_no_output(tmp_path: Path, model: BigBiGAN) -> None:

@@ -13,12 +13,14 @@ from bigbigan.commands.options import (
     Commands,
     add_command,
     add_model_options,
+    check_picture,
     help_formatter,
     markdown_table,
     names,
     open_model,
     positive,
 )
+from bigbigan.commands.pictures import CELL, pair_rows
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from bigbigan.model import BigBiGAN
     from bigbigan.training.data import ImageDataset
 
+STANDING_PASSES, STANDING_BATCH = 100, 64  # as in the training recipes
 DATA = (
     "Data: a folder with train.parquet and test.parquet (Hugging Face layout: image, label; also in shards),\n"
     "or with train/ and test/, each with a folder of images a class.\n"
@@ -44,7 +47,11 @@ def add_parsers(commands: Commands) -> None:
         formatter_class=help_formatter,
     )
     protocols = evaluate.add_subparsers(dest="protocol", metavar="PROTOCOL", required=True, title="protocols")
+    _add_linear(protocols)
+    _add_reconstruction(protocols)
 
+
+def _add_linear(protocols: Commands) -> None:
     parser = add_command(
         protocols,
         "linear",
@@ -80,6 +87,28 @@ def add_parsers(commands: Commands) -> None:
     )
     parser.add_argument("--batch-size", type=positive, default=256, metavar="N", help="(default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of hold-out and baselines (default: %(default)s)")
+    add_model_options(parser)
+
+
+def _add_reconstruction(protocols: Commands) -> None:
+    parser = add_command(
+        protocols,
+        "reconstruction",
+        _reconstruction,
+        "what reconstructions keep of their originals\n\n"
+        "A small classifier, trained on real images of the training split alone, labels the reconstructions of the\n"
+        "test split (from z_mean). Also pixel errors and distances of avepool_feat, over those of random pairs.\n"
+        + DATA,
+        "Example: bigbigan evaluate reconstruction --data data/fashion_mnist --grid pairs.png\n" + ENDING,
+    )
+    _add_data_options(parser)
+    parser.add_argument("--grid", metavar="PICTURE", help="also draw test images above their reconstructions")
+    parser.add_argument(
+        "--epochs", type=positive, default=6, metavar="N", help="of the classifier (default: %(default)s)"
+    )
+    parser.add_argument("--flip", action="store_true", help="mirror half of the classifier's training images")
+    parser.add_argument("--batch-size", type=positive, default=100, metavar="N", help="(default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of classifier and pairs (default: %(default)s)")
     add_model_options(parser)
 
 
@@ -134,8 +163,10 @@ def _linear(arguments: argparse.Namespace) -> int:
     protocol = {
         "name": "linear",
         "classifier": "multinomial logistic regression, standardised features, no augmentation",
+        "l2_grid": arguments.l2,
+        "holdout": holdout,
+        "seed": arguments.seed,
     }
-    protocol |= {"l2_grid": arguments.l2, "holdout": holdout, "seed": arguments.seed}
     _report(arguments, markdown_table(header, table), _record(model, protocol, train=train, test=test, results=results))
     return 0
 
@@ -147,13 +178,77 @@ def _encoders(arguments: argparse.Namespace, model: BigBiGAN, images: Tensor) ->
 
     yield model.info.name or "model", model
     if arguments.baselines:
-        untrained = create_model(model.config, parts=("encoder",), seed=arguments.seed, device=model.device)
-        yield "untrained encoder, initial statistics", untrained
-        standing_statistics(untrained, images, STANDING_PASSES, STANDING_BATCH)
-        yield "untrained encoder, estimated statistics", untrained
+        untrained = create_model(model.config, parts=("encoder",), seed=arguments.seed)
+        yield "untrained encoder, initial statistics", untrained.to(model.device)
+        standing_statistics(untrained.cpu(), images, STANDING_PASSES, STANDING_BATCH)  # as export does, on the CPU
+        yield "untrained encoder, estimated statistics", untrained.to(model.device)
 
 
-STANDING_PASSES, STANDING_BATCH = 100, 64
+def _reconstruction(arguments: argparse.Namespace) -> int:
+    from bigbigan.evaluation import reconstruction_report, train_classifier
+
+    if arguments.grid:
+        check_picture(arguments.grid)
+    model = open_model(arguments, ("generator", "encoder"))
+    train, train_x = _load(arguments, "train", model)
+    test, test_x = _load(arguments, "test", model)
+    generator, encoder = model.config.generator, model.config.encoder
+    assert generator and encoder
+    classes = max(len(train.class_names), int(train.labels.max()) + 1)
+    settings = {"epochs": arguments.epochs, "flip": arguments.flip, "seed": arguments.seed}
+    classifier = train_classifier(
+        _pooled(train_x, generator.resolution).to(model.device),
+        train.labels,
+        num_classes=classes,
+        progress=not arguments.quiet,
+        **settings,
+    )
+    result = reconstruction_report(
+        test_x,
+        test.labels,
+        model.reconstruct,
+        lambda x: model.encode(_enlarged(x, encoder.resolution)).avepool_feat,
+        classifier,
+        batch_size=arguments.batch_size,
+        seed=arguments.seed,
+        progress=not arguments.quiet,
+    )
+    figures = asdict(result)
+    class_names = [*train.class_names, *map(str, range(len(train.class_names), classes))]
+    figures["per_class"] = dict(zip(class_names, result.per_class, strict=True))
+    rows = [(name, value) for name, value in figures.items() if name != "per_class"]
+    rows += [(f"label_agreement, {name}", value) for name, value in figures["per_class"].items()]
+    table = markdown_table(("Measure", "Value"), [(name, "-" if v is None else f"{v:.4g}") for name, v in rows])
+    protocol = {"name": "reconstruction", "latent": "z_mean", "features": "avepool_feat", "classifier": settings}
+    _report(arguments, table, _record(model, protocol, train=train, test=test, results=figures))
+    if arguments.grid:
+        _draw_pairs(model, test_x[:32], arguments.grid)
+    return 0
+
+
+def _pooled(images: Tensor, side: int) -> Tensor:
+    """uint8 [N, C, S, S] mean-pooled to `side`, as the report pools originals."""
+    import torch
+    from torch.nn.functional import adaptive_avg_pool2d
+
+    if images.shape[-1] == side:
+        return images
+    return torch.cat([adaptive_avg_pool2d(chunk.float(), side).round().byte() for chunk in images.split(256)])
+
+
+def _enlarged(images: Tensor, side: int) -> Tensor:
+    from torch.nn.functional import interpolate
+
+    return images if images.shape[-1] == side else interpolate(images, size=side, mode="bilinear").clamp(-1, 1)
+
+
+def _draw_pairs(model: BigBiGAN, images: Tensor, path: str) -> None:
+    from bigbigan.images import make_grid, save_image
+
+    again = model.reconstruct(images)
+    columns = min(8, len(images))
+    above = _pooled(images, again.shape[-1]).to(again) / 127.5 - 1
+    save_image(make_grid(pair_rows(above, again, columns), columns, scale=max(1, CELL // again.shape[-1])), path)
 
 
 def _load(arguments: argparse.Namespace, split: str, model: BigBiGAN) -> tuple[ImageDataset, Tensor]:
@@ -174,9 +269,10 @@ def _record(
     from bigbigan.evaluation.features import digest
 
     splits = {"train": train, "test": test}
+    digests = {f"{part}_digest": digest(getattr(model, part)) for part in model.parts}
     return {
         "protocol": protocol,
-        "model": {"name": model.info.name} | {f"{part}_digest": digest(getattr(model, part)) for part in model.parts},
+        "model": {"name": model.info.name, **digests},
         "data": {
             name: {"digest": split.digest, "images": len(split), "unreadable": len(split.bad)}
             for name, split in splits.items()

@@ -25,6 +25,12 @@ BATCH = 32
 
 
 def add_parsers(commands: Commands) -> None:
+    _add_generate(commands)
+    _add_reconstruct(commands)
+    _add_interpolate(commands)
+
+
+def _add_generate(commands: Commands) -> None:
     parser = add_command(
         commands,
         "generate",
@@ -60,6 +66,8 @@ def add_parsers(commands: Commands) -> None:
     _add_layout_options(parser, "the square root of N")
     add_model_options(parser)
 
+
+def _add_reconstruct(commands: Commands) -> None:
     parser = add_command(
         commands,
         "reconstruct",
@@ -79,6 +87,8 @@ def add_parsers(commands: Commands) -> None:
     add_image_options(parser)
     add_model_options(parser)
 
+
+def _add_interpolate(commands: Commands) -> None:
     parser = add_command(
         commands,
         "interpolate",
@@ -148,7 +158,7 @@ def _generate(arguments: argparse.Namespace) -> int:
 
 
 def _reconstruct(arguments: argparse.Namespace) -> int:
-    from bigbigan.images import list_images, make_grid, save_image
+    from bigbigan.images import asset_images, list_images, make_grid, save_image
 
     if arguments.images:
         given = [Path(image) for image in arguments.images]
@@ -166,15 +176,6 @@ def _reconstruct(arguments: argparse.Namespace) -> int:
     grid = pair_rows(_fit(x, again), again, columns)
     save_image(make_grid(grid, columns, scale=_scale(arguments, again)), arguments.output)
     return 0
-
-
-def asset_images() -> list[Path]:
-    """The test images inside the package, which its model has never seen."""
-    import importlib.resources
-
-    from bigbigan.images import list_images
-
-    return list_images(Path(str(importlib.resources.files("bigbigan") / "assets" / "fashion_mnist_test")))
 
 
 def _fit(x: Tensor, like: Tensor) -> Tensor:

@@ -18,6 +18,12 @@ logger = logging.getLogger(__name__)
 
 
 def add_parsers(commands: Commands) -> None:
+    _add_recipes(commands)
+    _add_train(commands)
+    _add_export(commands)
+
+
+def _add_recipes(commands: Commands) -> None:
     parser = add_command(
         commands,
         "recipes",
@@ -27,6 +33,8 @@ def add_parsers(commands: Commands) -> None:
     )
     parser.add_argument("recipe", nargs="?", metavar="RECIPE", help="one of them")
 
+
+def _add_train(commands: Commands) -> None:
     parser = add_command(
         commands,
         "train",
@@ -61,6 +69,8 @@ def add_parsers(commands: Commands) -> None:
     parser.add_argument("--dry-run", action="store_true", help="print the configuration and the sizes, and stop")
     add_run_options(parser)
 
+
+def _add_export(commands: Commands) -> None:
     parser = add_command(
         commands,
         "export",

@@ -82,7 +82,7 @@ def linear_probe(
             fit, held = order[:-holdout], order[-holdout:]
             x, held_x = _standardize(train_x[fit], train_x[held], scale=standardize)
             solutions = {}
-            # Ten times the final tolerance moves an accuracy by less than the held-out rows can tell apart.
+            # Ten times the final tolerance: raw Fashion-MNIST pixels tell the two apart by less than 0.001.
             for l2, weight, bias in logistic_path(x, train_y[fit], grid, num_classes=len(classes), tolerance=1e-4):
                 solutions[l2], scores[l2] = (weight, bias), _top_k_accuracy(held_x, train_y[held], weight, bias, 1)
                 bar.update()
@@ -119,7 +119,8 @@ def logistic_path(
 
     Each minimises mean cross-entropy + l2 / 2 * |weight|^2, the bias free, by full-batch L-BFGS until no component of
     the preconditioned gradient exceeds `tolerance`; a fit that stops before says so in the log. Memory bandwidth sets
-    the pace, so x is read in its own dtype; parameters, loss and sums over chunks are float64.
+    the pace, so x [N, D] is read in its own dtype; parameters, loss and sums over chunks are float64. Centre x: an
+    offset changes the bias only, but slows the fit.
 
     The Hessian is at most B = X'X / 2N + l2 on each class's weights (Böhning 1992, "Multinomial logistic regression
     algorithm"). With B = LL', L-BFGS runs on weight @ L, whose Hessian is at most the identity: on correlated
