@@ -296,6 +296,7 @@ def test_residual_mlp_with_every_pair_of_its_fields(inputs: int) -> None:
         weights = Weights(layer.state_dict())
         close(layer.eval()(x), reference.residual_mlp(x.numpy(), weights, config, 0.01))
         assert not weights.unused(), config
+        assert layer.state_dict().keys() & {"0.linear1.bias"} == ({"0.linear1.bias"} if config.bias else set())
         close(layer.train()(x), reference.residual_mlp(x.numpy(), weights, config, 0.01, True))
 
 

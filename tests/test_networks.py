@@ -369,6 +369,21 @@ def test_tensorflows_padding_all_through(sides: tuple[int, int]) -> None:
     assert (network.eval()(x).z_mean - explicit(x).z_mean).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("trunk", TRUNKS)
+def test_norms_and_linear_layers_have_the_weights_that_the_fields_say(trunk: str) -> None:
+    def with_bias(**options: Any) -> set[str]:
+        network = tiny_encoder(trunk, head=MLPConfig(8, 4, norm="batch", bias=options.pop("bias", True)), **options)
+        owners = {name: type(module).__name__ for name, module in network.named_modules()}
+        biased = {name.removesuffix(".bias") for name in network.state_dict() if name.endswith(".bias")}
+        return {f"{name.split('.')[0]} {owners[name].removesuffix('ReLU').replace('Batch', '')}" for name in biased}
+
+    usual = {"trunk Norm", "head Norm", "head Linear", "latent Linear"}
+    assert with_bias() == usual
+    assert with_bias(bn_affine=False) == usual - {"trunk Norm"}
+    assert with_bias(feature_norm_affine=True) == usual | {"feature_norm Norm"}
+    assert with_bias(bias=False) == usual - {"head Linear"}
+
+
 def test_grey_encoder() -> None:
     check_encoder(tiny_encoder("basic", image_channels=1, stem="small"), 32, 32)
 

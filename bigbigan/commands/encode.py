@@ -32,7 +32,8 @@ def add_parsers(commands: Commands) -> None:
         "  bn_crelu_feat  [ReLU(h), ReLU(-h)] of the batch-normalised average pool h, twice as wide\n"
         "  z_mean, z_stdev, z_sample   the latent's distribution, and a sample of it\n\n"
         "Unreadable files are reported on stderr and in OUTPUT.failures.jsonl (path and reason a line); the other\n"
-        "rows are bit for bit what they would be without them. --batch-size changes rows by rounding alone.\n"
+        "rows are bit for bit what they would be without them. --batch-size changes rows by rounding alone, on a\n"
+        "CPU by less than 1e-6 of an output's largest value.\n"
         "Finished work is kept in OUTPUT.partial/: after a crash, the same command does only the rest.",
         "Example: bigbigan encode photos/ -o features.npz --outputs avepool_feat\n"
         "Exit codes: 0 all done, 1 some files failed, 2 wrong usage or no such model, 3 no file worked.",

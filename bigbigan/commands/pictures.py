@@ -173,16 +173,16 @@ def _reconstruct(arguments: argparse.Namespace) -> int:
     options = {"use_sample": arguments.use_sample, "upsample": arguments.upsample, "seed": arguments.seed}
     again = model.reconstruct(x, **options)
     columns = min(arguments.columns or 8, len(x))
-    grid = pair_rows(_fit(x, again), again, columns)
+    grid = pair_rows(fit(x, again), again, columns)
     save_image(make_grid(grid, columns, scale=_scale(arguments, again)), arguments.output)
     return 0
 
 
-def _fit(x: Tensor, like: Tensor) -> Tensor:
+def fit(x: Tensor, like: Tensor) -> Tensor:
     """x at the size of `like`: mean-pooled to a smaller one, repeated to a larger."""
     from torch.nn.functional import adaptive_avg_pool2d
 
-    return adaptive_avg_pool2d(x, like.shape[-1])
+    return adaptive_avg_pool2d(x, like.shape[-1]).to(like.device)
 
 
 def pair_rows(above: Tensor, below: Tensor, columns: int) -> Tensor:
@@ -212,7 +212,7 @@ def _interpolate(arguments: argparse.Namespace) -> int:
     way = slerp if arguments.spherical else torch.lerp
     t = torch.linspace(0, 1, arguments.steps)[:, None].to(z)
     drawn = model.generate(way(z[:1], z[1:], t), upsample=arguments.upsample)
-    ends = _fit(x, drawn)
+    ends = fit(x, drawn)
     strip = torch.cat([ends[:1], drawn, ends[1:]])
     save_image(make_grid(strip, len(strip), scale=_scale(arguments, drawn)), arguments.output)
     return 0

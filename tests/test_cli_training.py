@@ -1,0 +1,181 @@
+"""The command line from images to figures: settings, runs, signals, export, evaluation."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from command_line import cells, home, one_thread, run  # noqa: F401 (fixtures for every test here)
+from PIL import Image
+
+from bigbigan import create_model, load
+from bigbigan.cli import main
+from bigbigan.config import PreprocessConfig, to_dict
+from bigbigan.images import to_uint8
+from bigbigan.presets import PRESETS
+
+RECIPE = "bigbigan-fashion-mnist-32"
+TINY = PRESETS["bigbigan-tiny"].config
+
+
+def settings(**fields: object) -> list[str]:
+    """A run of seconds, by `--set`."""
+    base = {"model": to_dict(TINY), "total_images": 32, "batch_size": 8, "standing_passes": 2, "probe_images": 0}
+    return [f"--set={key}={json.dumps(value)}" for key, value in {**base, **fields}.items()]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two classes, dark and bright, that differ in nothing else."""
+    root, draws = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
+    for split, number in (("train", 30), ("test", 10)):
+        for name, low in (("dark", 0), ("bright", 128)):
+            (root / split / name).mkdir(parents=True)
+            for index in range(number):
+                Image.fromarray(draws.integers(low, low + 128, (32, 32, 3), np.uint8)).save(
+                    root / split / name / f"{index}.png"
+                )
+    return root
+
+
+def test_train_settings(capsys: pytest.CaptureFixture[str]) -> None:
+    changes = ["--set", "model.encoder.base_channels=48", "--set", "augmentation.flip=true", "--set", "name=mine"]
+    assert main(["train", RECIPE, "--dry-run", *changes, "--set", "model.encoder.depths=[2,1,1,1]"]) == 0
+    captured = capsys.readouterr()
+    assert main(["recipes", RECIPE]) == 0
+    found, expected = json.loads(captured.out), json.loads(capsys.readouterr().out)
+    expected["model"]["encoder"] |= {"base_channels": 48, "depths": [2, 1, 1, 1]}
+    expected["augmentation"]["flip"] = True
+    expected["name"] = "mine"
+    assert found == expected
+    assert "discriminator 609,859" in captured.err
+    for setting, message in (
+        ("model.encoder.base_chanels=3", "close: model.encoder.base_channels"),
+        ("lr=3", "no field 'lr'"),
+        ("lr_g.x=3", "no field 'lr_g.x'"),
+        ("batch_size=many", "batch_size"),
+        ("batch_size=0", "at least 1"),
+        ("batch_size", "is not KEY=VALUE"),
+        ("precision=fp64", "precision"),
+    ):
+        assert main(["train", RECIPE, "--dry-run", "--set", setting]) == 2
+        captured = capsys.readouterr()
+        assert message in captured.err
+        assert captured.out == ""
+
+
+def test_train_then_export(tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, output = tmp_path / "run", tmp_path / "model"
+    command = ["train", RECIPE, "--data", str(data), "--run", str(folder), *settings(snapshot_images=16, name="mine")]
+    assert main(command) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert json.loads((folder / "config.json").read_text())["train"] == printed
+    snapshots = sorted(path.name for path in (folder / "snapshots").iterdir())
+    assert snapshots[-1] == "images-0000000032"
+    changed = [*command, "--set", "lr_g=1"]
+    assert main(changed) == 2
+    assert "lr_g was 0.0002, now 1.0" in capsys.readouterr().err
+
+    assert (
+        main(
+            ["export", str(folder), "-o", str(output), "--license", "MIT", "--note", "purpose=a test", "--note", "n=3"]
+        )
+        == 0
+    )
+    model = load(output)
+    assert (model.info.name, model.info.license) == ("mine", "MIT")
+    assert model.info.provenance["purpose"] == "a test"
+    assert (model.info.provenance["n"], model.info.provenance["num_images"]) == (3, 32)
+    assert model.info.provenance["training"]["total_images"] == 32
+    expected = load(folder / "snapshots" / "images-0000000032").state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
+    assert main(["export", str(folder), "-o", str(tmp_path / "b"), "--snapshot", "17"]) == 2
+    assert "give best, last, or one of" in capsys.readouterr().err
+    assert main(["export", str(folder), "-o", str(folder / "snapshots" / snapshots[-1])]) == 2
+
+
+def test_export_takes_the_best_snapshot(tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "run"
+    assert main(["train", RECIPE, "--data", str(data), "--run", str(folder), *settings()]) == 0
+    newest = folder / "snapshots" / "images-0000000032"
+    model = load(newest)
+    for number, score in ((8, 0.5), (16, 0.7), (24, 0.7), (32, 0.6)):
+        model.info.provenance.update(num_images=number, held_out={"linear_avepool_feat": score})
+        model.save(folder / "snapshots" / f"images-{number:010d}")
+    for which, number in (("best", 16), ("last", 32), ("24", 24)):
+        assert main(["export", str(folder), "-o", str(tmp_path / which), "--snapshot", which]) == 0
+        assert load(tmp_path / which).info.provenance["num_images"] == number
+    capsys.readouterr()
+
+
+def test_a_loss_that_is_not_finite_ends_with_1(tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    changes = settings(lr_g=1e30, lr_d=1e30, total_images=800)
+    assert main(["train", RECIPE, "--data", str(data), "--run", str(tmp_path / "run"), *changes]) == 1
+    assert capsys.readouterr().err.splitlines()[-1].startswith("bigbigan train: the ")
+
+
+def test_sigterm_writes_a_checkpoint_and_exits_143(tmp_path: Path, data: Path) -> None:
+    changes = settings(total_images=10**6, log_images=8, checkpoint_images=10**6, snapshot_images=10**6)
+    process = run("train", RECIPE, "--data", data, "--run", tmp_path / "run", *changes, "--threads", "1")
+    log = tmp_path / "run" / "metrics.jsonl"
+    while not (log.exists() and log.stat().st_size) and process.poll() is None:
+        time.sleep(0.01)
+    process.terminate()
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 143, err
+    assert "stopped by SIGTERM" in err.splitlines()[-1]
+    assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 1
+
+
+def test_evaluate_linear(
+    tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bigbigan.commands.evaluation.STANDING_PASSES", 5)
+    folder = str(tmp_path / "tiny")
+    create_model("bigbigan-tiny", seed=7).save(folder)
+    record = tmp_path / "record.json"
+    command = ["evaluate", "linear", "--data", str(data), "--model", folder, "--holdout", "12", "--l2", "0.1"]
+    assert main([*command, "--baselines", "--json", str(record)]) == 0
+    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()]
+    assert table[0] == ["Representation", "Feature", "Width", "Top-1 %", "Top-5 %", "L2"]
+    found = json.loads(record.read_text())
+    names = [(row["representation"], row["feature"]) for row in found["results"]]
+    assert [(row[0], row[1]) for row in table[2:]] == names
+    assert len(names) == 7
+    accuracy = {name: row["accuracy"] for name, row in zip(names, found["results"], strict=True)}
+    assert accuracy["raw pixels", "pixels"] == 1.0  # brightness is linear in them
+    assert accuracy["bigbigan-tiny", "avepool_feat"] == 1.0
+    assert found["data"]["train"]["images"] == 60
+    assert found["protocol"]["holdout"] == 12
+    assert len(found["model"]["encoder_digest"]) == 64
+    assert main([*command, "0.01", "--features", "z_mean"]) == 0
+    _, text = capsys.readouterr().out.split("\n\n")
+    (result,) = json.loads(text)["results"]
+    assert (result["num_features"], sorted(result["holdout_accuracy"])) == (TINY.z_dim, ["0.01", "0.1"])
+
+
+def test_evaluate_reconstruction(tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = str(tmp_path / "padded")
+    create_model(dataclasses.replace(TINY, preprocess=PreprocessConfig(28, pad=2)), seed=1).save(folder)
+    record, grid = tmp_path / "record.json", tmp_path / "pairs.png"
+    command = ["evaluate", "reconstruction", "--data", str(data), "--model", str(folder), "--batch-size", "10"]
+    assert main([*command, "--json", str(record), "--grid", str(grid), "--epochs", "30"]) == 0
+    found = json.loads(record.read_text())
+    assert found["results"]["classifier_accuracy"] == 1.0  # brightness again
+    assert found["results"]["num_images"] == 20
+    assert set(found["results"]["per_class"]) == {"bright", "dark"}
+    files = sorted((data / "test").rglob("*.png"))
+    x = load(folder).preprocess(files)
+    again = load(folder).reconstruct(files)
+    assert found["results"]["pixel_l1"] == pytest.approx((x - again).abs().mean().item(), rel=1e-4)
+    shown = cells(grid, 8, 64).reshape(3, 2, 8, 64, 64, 3)[:, :, :, ::2, ::2]
+    assert np.array_equal(shown[:, 0].reshape(-1, 32, 32, 3)[:20], to_uint8(x))
+    assert abs(shown[:, 1].reshape(-1, 32, 32, 3)[:20].astype(int) - to_uint8(again)).max() <= 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "| Measure | Value |"
+    assert "| num_images | 20 |" in lines
