@@ -263,9 +263,7 @@ def preprocess(
         try:
             if _is_finished(source):
                 if crop is not None or invert:
-                    raise BadImageError(
-                        None, "crop and invert do not apply to a float tensor: it is taken as finished"
-                    )
+                    raise BadImageError(None, "crop and invert do not apply to a float tensor: it is taken as finished")
                 rows.append(_finished(source, finished_shape))
                 continue
             picture = read_image(source, max_pixels=max_pixels, background=background)

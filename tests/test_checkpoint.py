@@ -320,7 +320,7 @@ def test_adam_goes_on_bit_for_bit(tmp_path: Path):
     kept = loaded.tensors["adam"]["0.exp_avg"].clone()
     train(resumed, again, 4, 7)
     assert torch.equal(loaded.tensors["adam"]["0.exp_avg"], kept)
-    for (name, expected), actual in zip(layers.state_dict().items(), resumed.state_dict().values()):
+    for (name, expected), actual in zip(layers.state_dict().items(), resumed.state_dict().values(), strict=True):
         assert bits(actual) == bits(expected), name
     expected_tensors, expected_state = optimizer_tensors(optimizer)
     actual_tensors, actual_state = optimizer_tensors(again)

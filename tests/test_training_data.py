@@ -336,7 +336,7 @@ def test_shifts_move_by_whole_pixels_onto_black():
     draws = uniform(0, np.arange(200), NUM_DRAWS)
     shifted = augment(images, draws, AugmentationConfig(shift=2))
     seen = set()
-    for image, result in zip(images[:, 0].numpy(), shifted[:, 0].numpy()):
+    for image, result in zip(images[:, 0].numpy(), shifted[:, 0].numpy(), strict=True):
         matches = []
         for right in range(-2, 3):
             for down in range(-2, 3):
@@ -388,9 +388,7 @@ def test_crops_lie_in_the_image_with_the_areas_and_aspects_asked_for():
     centres = (torch.arange(size).float() + 0.5) / size
     ramps = torch.stack([centres.expand(size, size), centres[:, None].expand(size, size)])  # x and y as pixel values
     config = AugmentationConfig(crop_scale=(0.2, 0.5), aspect=(3 / 4, 4 / 3))  # sqrt(0.5 * 4 / 3) < 1: none is cut
-    crops = (
-        augment(ramps.expand(4000, 2, size, size), uniform(0, np.arange(4000), NUM_DRAWS), config).double().numpy()
-    )
+    crops = augment(ramps.expand(4000, 2, size, size), uniform(0, np.arange(4000), NUM_DRAWS), config).double().numpy()
     middle = slice(8, 24)  # away from the rim, where the ramp is clamped
     x, y = crops[:, 0, 0, middle], crops[:, 1, middle, 0]
     width, height = (x[:, -1] - x[:, 0]) * size / 15, (y[:, -1] - y[:, 0]) * size / 15

@@ -29,9 +29,7 @@ def main() -> None:
     pairs = [(cpu_seconds("bigbigan"), cpu_seconds("torch")) for _ in range(runs)]
     ours, torch = (statistics.median(column) for column in zip(*pairs, strict=True))
     ratio = statistics.median(a / b for a, b in pairs)
-    print(
-        f"import bigbigan {ours:.2f} s, import torch {torch:.2f} s of CPU; median ratio of {runs} pairs {ratio:.3f}"
-    )
+    print(f"import bigbigan {ours:.2f} s, import torch {torch:.2f} s of CPU; median ratio of {runs} pairs {ratio:.3f}")
 
 
 if __name__ == "__main__":
