@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from bigbigan import load
-from bigbigan.evaluation.features import encode_files
-from bigbigan.images import asset_images, list_images
+from bigbigan.evaluation.features import encode_files, find_images
+from bigbigan.images import asset_images
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("folder", nargs="?", type=Path, help="default: the bundled pictures")
@@ -18,7 +18,7 @@ parser.add_argument("-m", "--model", help="name, folder or Hub repository; defau
 parser.add_argument("-o", "--output", default="features.npz", type=Path)
 args = parser.parse_args()
 
-files = list_images(args.folder) if args.folder else asset_images()
+files = find_images([args.folder] if args.folder else asset_images())  # names and paths
 report = encode_files(load(args.model, parts=("encoder",)), files, args.output)
 for path, reason in report.failed:
     print(f"skipped {path}: {reason}")

@@ -178,12 +178,21 @@ def classifier() -> Classifier:
 def test_classifier_learns_and_its_seed_decides(classifier: Classifier) -> None:
     assert classifier_accuracy(classifier, *toy(100)) == 1.0
     assert classifier_accuracy(classifier, *toy(100, side=24)) == 1.0
+    torch.rand(1)  # another global state than the first training met
     state = torch.get_rng_state()
     same, other = (train_classifier(*toy(160), num_classes=2, epochs=3, batch_size=16, seed=s) for s in (0, 1))
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(a, b) for a, b in zip(classifier.parameters(), same.parameters(), strict=True))
     assert not torch.equal(classifier[0].weight, other[0].weight)
     assert not same.training
+
+
+def test_judging_uses_the_classifiers_running_statistics(classifier: Classifier) -> None:
+    images, y = toy(40)
+    reconstruction_report(images, y, lambda x: x, None, classifier.train())
+    assert not classifier.training
+    classifier_accuracy(classifier.train(), images, y)
+    assert not classifier.training
 
 
 def test_flip_shows_the_classifier_mirrored_pictures() -> None:

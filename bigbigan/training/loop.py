@@ -107,7 +107,9 @@ def train(
             # Export a snapshot, look at it, and keep it if it is the best.
             stopping = bool(received) or time.monotonic() > deadline
             if crosses(config.snapshot_images):
-                info = ModelInfo(config.name, source="trained with the bigbigan package")
+                hours = (seconds + time.monotonic() - tick) / 3600
+                facts = {"num_images": step * size, "hours": round(hours, 2)}
+                info = ModelInfo(config.name, source="trained with the bigbigan package", provenance=facts)
                 model = inference_model(state, images, info)
                 scores = monitor(model, step * size, run / "samples")
                 _write(log, {"num_images": step * size, **scores})
@@ -189,7 +191,7 @@ def _keep_snapshot(
 ) -> dict[str, Any] | None:
     """Saves the snapshot; of the others only the best stays. Best is the highest held-out linear accuracy."""
     name = f"images-{num_images:010d}"
-    model.info.provenance.update(num_images=num_images, held_out=scores)
+    model.info.provenance["held_out"] = scores
     model.save(folder / name)
     score = scores.get("linear_avepool_feat")
     if best is None or (score is not None and (best["score"] is None or score > best["score"])):
