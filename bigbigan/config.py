@@ -29,6 +29,22 @@ def _require(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
+def _expected(where: str, value: Any, wanted: Any) -> str:
+    wanted = wanted if isinstance(wanted, str) else ", ".join(map(repr, wanted))
+    return f"{where} is {str(value)[:100]!r}; expected {wanted}"
+
+
+def _check_choices(owner: Any) -> None:
+    """Literal fields of a dataclass, which Python itself does not check."""
+    for name, hint in typing.get_type_hints(type(owner)).items():
+        value = getattr(owner, name)
+        several = typing.get_origin(hint) is tuple
+        choices = typing.get_args(typing.get_args(hint)[0] if several else hint)
+        if typing.get_origin(hint) is Literal or (several and typing.get_origin(typing.get_args(hint)[0]) is Literal):
+            for item in value if several else (value,):
+                _require(item in choices, f"{type(owner).__name__}.{_expected(name, item, choices)}")
+
+
 def _check_range(owner: object, low: float, high: float, *names: str) -> None:
     for name in names:
         value = getattr(owner, name)
@@ -53,6 +69,7 @@ class MLPConfig:
     bias: bool = True
 
     def __post_init__(self) -> None:
+        _check_choices(self)
         _check_range(self, 1, 65536, "width")
         _check_range(self, 2, 64, "layers")
         _require(self.layers % 2 == 0, f"MLPConfig.layers is {self.layers}; residual blocks take two layers each")
@@ -91,6 +108,7 @@ class GeneratorConfig:
     upsample_size: int = 256  # side of `upsampled`
 
     def __post_init__(self) -> None:
+        _check_choices(self)
         _check_range(self, 1, 4, "image_channels")
         _check_range(self, 1, 1024, "base_channels")
         _check_range(self, 0, 4096, "shared_dim")
@@ -138,6 +156,7 @@ class EncoderConfig:
     spectral_norm: bool = False  # in training; the paper has it in G and D only
 
     def __post_init__(self) -> None:
+        _check_choices(self)
         _check_range(self, 16, 1024, "resolution")
         _check_range(self, 1, 4, "image_channels")
         _check_range(self, 1, 4096, "base_channels", "z_dim")
@@ -173,6 +192,7 @@ class DiscriminatorConfig:
     scores: tuple[Literal["x", "z", "xz"], ...] = ("x", "z", "xz")  # ("x",) is a plain GAN: F alone
 
     def __post_init__(self) -> None:
+        _check_choices(self)
         _check_range(self, 1, 4, "image_channels")
         _check_range(self, 1, 1024, "base_channels")
         _check_range(self, 1, 4096, "z_dim")
@@ -205,6 +225,7 @@ class PreprocessConfig:
     polarity: Literal["natural", "light-on-dark"] = "natural"  # light-on-dark: trained on bright things on black
 
     def __post_init__(self) -> None:
+        _check_choices(self)
         _check_range(self, 2, 4096, "size")
         _check_range(self, 0, 256, "pad")
 
@@ -242,6 +263,11 @@ class BigBiGANConfig:
         if e and (g or d):
             small = (g or d).resolution  # type: ignore[union-attr]
             _require(e.resolution % small == 0, f"encoder resolution {e.resolution} is no multiple of {small}")
+        if d and not e:
+            _require(
+                self.preprocess.resolution % d.resolution == 0,
+                f"preprocessing gives {self.preprocess.resolution} pixels, no multiple of F's {d.resolution}",
+            )
         if e and g:
             _require(
                 (g.prior == "uniform") <= (e.output != "stochastic"),
@@ -333,14 +359,9 @@ def _value(hint: Any, value: Any, where: str) -> Any:
     if origin is dict:
         _require(isinstance(value, dict), _expected(where, value, "an object"))
         return value
-    if hint is float and type(value) is int:
+    if hint is float and type(value) is int and abs(value) < 2**53:
         value = float(value)
     _require(type(value) is hint, _expected(where, value, hint.__name__))
     if hint is str:
         _require(len(value) <= 4096, f"{where} is longer than 4096 characters")
     return value
-
-
-def _expected(where: str, value: Any, wanted: Any) -> str:
-    wanted = wanted if isinstance(wanted, str) else ", ".join(map(repr, wanted))
-    return f"{where} is {str(value)[:100]!r}; expected {wanted}"

@@ -40,6 +40,9 @@ class EncoderOutput:
             raise KeyError(f"{name!r}; an encoder gives {', '.join(self.keys())}")
         return getattr(self, "z_sample" if name == "default" else name)
 
+    def __contains__(self, name: object) -> bool:
+        return name == "default" or name in tuple(self.keys())
+
     def __len__(self) -> int:
         return len(self.z_mean)
 
@@ -79,7 +82,8 @@ class Encoder(nn.Module):
 
         Without noise it is drawn afresh, without touching torch's global generator.
         """
-        pooled = self.forward_features(x).float().mean(dim=(2, 3)).to(x.dtype)  # [N, num_features]
+        wide = torch.promote_types(x.dtype, torch.float32)  # half precision would lose the mean
+        pooled = self.forward_features(x).mean(dim=(2, 3), dtype=wide).to(x.dtype)  # [N, num_features]
         h = self.feature_norm(pooled)  # [N, num_features]
         crelu = torch.cat([F.relu(h), F.relu(-h)], dim=1)  # [N, 2 * num_features]
         latent = self.latent(self.head(pooled)).to(x.dtype)  # [N, z_dim], or twice that

@@ -226,6 +226,7 @@ def preprocess(
     invert: bool = False,
     background: tuple[int, int, int] | None = None,
     max_pixels: int = MAX_PIXELS,
+    first: int = 0,
 ) -> torch.Tensor:
     """The encoder's input [N, channels, S, S] in [-1, 1], float32, where S = `config.resolution`.
 
@@ -268,9 +269,9 @@ def preprocess(
                 continue
             picture = read_image(source, max_pixels=max_pixels, background=background)
         except BadImageError as error:
-            if error.path or len(sources) == 1:
+            if error.path or (len(sources) == 1 and not first):
                 raise
-            raise BadImageError(f"image {index} of the batch", error.reason) from error
+            raise BadImageError(f"image {first + index} of the batch", error.reason) from error
         colour |= picture.mode == "RGB"
         rows.append(_to_input(picture, config, channels, crop or config.crop, invert)[None])
     if colour and channels == 1:

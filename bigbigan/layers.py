@@ -117,7 +117,8 @@ class BatchNorm(nn.Module):
         if not self.training:
             return F.batch_norm(x, self.running_mean, self.running_var, weight, bias, False, 0.0, self.eps)
         if self.accumulator is not None:
-            rows = x.detach().float().transpose(0, 1).flatten(1)  # [C, N * H * W]
+            wide = x.detach().to(torch.promote_types(x.dtype, torch.float32))
+            rows = wide.transpose(0, 1).flatten(1)  # [C, N * H * W]
             var, mean = torch.var_mean(rows, dim=1, correction=0)
             self.accumulator[0].add_(mean)
             self.accumulator[1].add_(var)

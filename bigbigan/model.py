@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -90,11 +91,12 @@ class BigBiGAN(nn.Module):
         `upsample` gives [N, C, upsample_size, upsample_size], as the module's `upsampled` output.
         """
         network = self.part("generator")
-        if isinstance(z, int):
+        if not isinstance(z, Tensor):
             options = {"seed": seed, "generator": generator, "truncation": truncation}
             z = self.sample_latents(z, truncation_mode=truncation_mode, **options)  # type: ignore[arg-type]
         elif seed is not None or generator is not None or truncation is not None:
             raise ValueError("seed, generator and truncation apply to drawn latents; z was given")
+        _check_batch_size(batch_size)
         z = self._check_latents(z)
         out = [network(chunk) for chunk in z.split(batch_size)]
         if upsample:
@@ -164,8 +166,8 @@ class BigBiGAN(nn.Module):
             raise ValueError("give a seed or the noise itself, not both")
         outputs: list[EncoderOutput] = []
         for chunk in _chunks(images, batch_size):
-            x = self.preprocess(chunk, **options)
             done = sum(len(out) for out in outputs)
+            x = self.preprocess(chunk, first=done, **options)
             shape = (len(x), self.config.z_dim)
             if noise is not None:
                 eps = noise[done : done + len(x)]
@@ -206,6 +208,7 @@ class BigBiGAN(nn.Module):
         """
         network = self.part("discriminator")
         size = network.config.resolution
+        _check_batch_size(batch_size)
         if not (isinstance(x, Tensor) and x.is_floating_point() and x.shape[-1] == size):
             x = self.preprocess(x)
             x = F.avg_pool2d(x, x.shape[-1] // size)
@@ -240,7 +243,7 @@ class BigBiGAN(nn.Module):
         """
         network = getattr(self, part)
         if network is None:
-            raise ValueError(f"this model is without a {part}; it has {', '.join(self.parts)}")
+            raise ValueError(f"this model has no {part}; it has {', '.join(self.parts)}")
         return network
 
     def _check_latents(self, z: Tensor) -> Tensor:
@@ -260,9 +263,9 @@ def indexed_uniform(seed: int, start: int, shape: tuple[int, int], stream: int) 
     """[n, dim] float64 in (0, 1); row i depends on seed, stream and `start + i` alone (Philox, one counter a row)."""
     if not 0 <= seed < 2**64:
         raise ValueError(f"seed is {seed}; it must be in [0, 2**64)")
-    rows = []
+    rows, key = [], np.array([seed, stream], np.uint64)  # a list would pass through float64 from 2**63 on
     for index in range(start, start + shape[0]):
-        bits = np.random.Philox(key=[seed, stream], counter=[0, 0, 0, index]).random_raw(shape[1])
+        bits = np.random.Philox(key=key, counter=np.array([0, 0, 0, index], np.uint64)).random_raw(shape[1])
         rows.append((bits >> np.uint64(11)).astype(np.float64))
     return (torch.from_numpy(np.stack(rows)) + 0.5) / 2**53
 
@@ -279,12 +282,26 @@ def uniform_to_normal(u: Tensor, bound: float | None = None) -> Tensor:
 
 
 def _chunks(images: Any, size: int) -> Iterator[Any]:
-    if isinstance(images, str | os.PathLike | Image.Image) or not isinstance(images, Sequence | Tensor | np.ndarray):
-        yield list(images) if isinstance(images, Iterable) and not isinstance(images, str | Image.Image) else images
-    elif isinstance(images, Sequence) or images.ndim == 4:
-        if len(images) == 0:
-            raise ValueError("no images given")
-        for i in range(0, len(images), size):
-            yield images[i : i + size]
+    """Whatever `preprocess` takes, or any other iterable of pictures, in pieces of `size`."""
+    _check_batch_size(size)
+    array = isinstance(images, np.ndarray | Tensor)
+    many = images.ndim == 4 if array else isinstance(images, Iterable)
+    if not many or isinstance(images, str | os.PathLike | Image.Image):
+        yield images  # one picture, or what `preprocess` refuses
+        return
+    if array or isinstance(images, Sequence):
+        pieces: Iterator[Any] = (images[i : i + size] for i in range(0, len(images), size))
     else:
-        yield images
+        iterator = iter(images)
+        pieces = iter(lambda: list(itertools.islice(iterator, size)), [])
+    empty = True
+    for piece in pieces:
+        empty = False
+        yield piece
+    if empty:
+        raise ValueError("no images given")
+
+
+def _check_batch_size(size: int) -> None:
+    if size < 1:
+        raise ValueError(f"batch_size is {size}; it must be 1 or more")

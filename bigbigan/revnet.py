@@ -57,8 +57,8 @@ class RevNet(nn.Module):
         for i, stage in enumerate(self.stages):
             if i > 0:  # zeros outside: (0, x1) and (x2, 0), twice the channels at half the resolution
                 half = x1.shape[1]
-                x1 = F.pad(F.avg_pool2d(x1, 2), (0, 0, 0, 0, half, 0))
-                x2 = F.pad(F.avg_pool2d(x2, 2), (0, 0, 0, 0, 0, half))
+                x1 = F.pad(F.avg_pool2d(x1, 2, ceil_mode=True), (0, 0, 0, 0, half, 0))
+                x2 = F.pad(F.avg_pool2d(x2, 2, ceil_mode=True), (0, 0, 0, 0, 0, half))
             for unit in cast(nn.ModuleList, stage):
                 x1, x2 = unit(x1, x2)  # [N, 2^(i + 1) * base_channels, S / 2^(i + 2), …] each
         return self.norm(torch.cat([x1, x2], dim=1))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-torch.set_num_threads(min(2, os.cpu_count() or 1))
+torch.set_num_threads(1)  # the tensors are small: threads that wait for a busy core cost more than they give
 
 
 @pytest.fixture(scope="session")
