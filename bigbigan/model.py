@@ -210,8 +210,11 @@ class BigBiGAN(nn.Module):
         size = network.config.resolution
         _check_batch_size(batch_size)
         if not (isinstance(x, Tensor) and x.is_floating_point() and x.shape[-1] == size):
-            x = self.preprocess(x)
-            x = F.avg_pool2d(x, x.shape[-1] // size)
+            pooled: list[Tensor] = []
+            for chunk in _chunks(x, batch_size):
+                big = self.preprocess(chunk, first=sum(map(len, pooled)))  # [n, C, S, S] at E's resolution
+                pooled.append(F.avg_pool2d(big, big.shape[-1] // size))
+            x = torch.cat(pooled)
         x, z = x.to(self.device, self.dtype), self._check_latents(z)
         if x.ndim != 4 or len(x) != len(z):
             raise ValueError(f"x is {list(x.shape)}, z {list(z.shape)}; expected [N, C, {size}, {size}] and [N, z_dim]")

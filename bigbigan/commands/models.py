@@ -81,7 +81,7 @@ def _list(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(found, indent=2))
     else:
-        header = ("NAME", "G PX", "E PX", "PARAMETERS (M)", "WEIGHTS", "DESCRIPTION", "ORIGIN")
+        header = ("NAME", "G PX", "E PX", "G + E + D (M)", "WEIGHTS", "DESCRIPTION", "ORIGIN")
         print(columns_text(header, [[*map(_cell, row.values())] for row in found]))
     return 0
 
