@@ -67,9 +67,16 @@ def _messages(label: str, level: int) -> Iterator[None]:
     before = logger.level
     logger.addHandler(handler)
     logger.setLevel(level)
+    shown: set[str] = set()
+
+    def show(message: Warning | str, *_: object, **__: object) -> None:  # once, though every picture may cause it
+        if str(message) not in shown:
+            shown.add(str(message))
+            print(f"{label}: {message}", file=sys.stderr)
+
     try:
         with warnings.catch_warnings():
-            warnings.showwarning = lambda message, *_, **__: print(f"{label}: {message}", file=sys.stderr)
+            warnings.showwarning = show
             yield
     finally:
         logger.removeHandler(handler)

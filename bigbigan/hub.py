@@ -152,7 +152,7 @@ def _preset(name: str, client: _Repository, parts: Sequence[str] | None) -> tupl
     else:
         how = f"Nobody has published its weights: train it, or start from create_model({preset.name!r})"
     raise FileNotFoundError(
-        f"{preset.name} is not in {local.parent}, and no repository is registered for it.\n{how}\n"
+        f"{preset.name} is not in {local.parent}, and no repository is registered for it.\n{how}.\n"
         f"Or name a repository: load('org/{preset.name}'), or set BIGBIGAN_HUB_ORG=org"
     )
 

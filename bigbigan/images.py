@@ -20,7 +20,6 @@ RGBA values in 0 to 255. Pillow misreads the transparent colour (tRNS) of 2- and
 
 from __future__ import annotations
 
-import math
 import os
 import stat
 import threading
@@ -349,38 +348,9 @@ def to_uint8(images: torch.Tensor) -> NDArray[np.uint8]:
 
 def to_pil(images: torch.Tensor) -> list[Image.Image]:
     """Images [N, C, H, W] in [-1, 1] as pictures, "L" or "RGB" (C of 1 or 3); rounding and errors as `to_uint8`."""
-    return [_from_pixels(pixels) for pixels in _drawable(images)]
-
-
-def _drawable(images: torch.Tensor) -> NDArray[np.uint8]:
-    pixels = to_uint8(images)
-    if pixels.shape[-1] not in (1, 3):
+    if images.ndim == 4 and images.shape[1] not in (1, 3):
         raise ValueError(f"shape {tuple(images.shape)}; a picture has 1 or 3 channels")
-    return pixels
-
-
-def make_grid(images: torch.Tensor, columns: int | None = None, gap: int = 2, scale: int = 1) -> Image.Image:
-    """One picture of the images [N, C, H, W] in [-1, 1], row by row, on white.
-
-    Args:
-        columns: at most N; default the square root of N, rounded up.
-        gap: pixels between neighbours, after enlarging; none around the whole.
-        scale: each pixel becomes a square of this side.
-
-    Raises:
-        ValueError: no images, a number out of range, or as `to_pil`.
-    """
-    pixels = _drawable(images).repeat(scale, axis=1).repeat(scale, axis=2)
-    number, height, width, channels = pixels.shape
-    columns = math.isqrt(max(number - 1, 0)) + 1 if columns is None else min(columns, number)
-    if number < 1 or columns < 1 or gap < 0 or scale < 1:
-        raise ValueError(f"cannot lay out {number} images in {columns} columns with gap {gap} and scale {scale}")
-    rows = math.ceil(number / columns)
-    canvas = np.full((rows * (height + gap) - gap, columns * (width + gap) - gap, channels), 255, np.uint8)
-    for index, picture in enumerate(pixels):
-        top, left = index // columns * (height + gap), index % columns * (width + gap)
-        canvas[top : top + height, left : left + width] = picture
-    return _from_pixels(canvas)
+    return [_from_pixels(pixels) for pixels in to_uint8(images)]
 
 
 def save_image(image: Image.Image, path: str | os.PathLike[str]) -> None:

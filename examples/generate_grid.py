@@ -5,7 +5,8 @@ import argparse
 import torch
 
 from bigbigan import load
-from bigbigan.images import make_grid, save_image
+from bigbigan.grids import make_grid
+from bigbigan.images import save_image
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("model", nargs="?", help="name, folder or Hub repository; default: the embedded model")

@@ -5,7 +5,8 @@ import argparse
 import torch
 
 from bigbigan import load
-from bigbigan.images import asset_images, make_grid, save_image
+from bigbigan.grids import make_grid
+from bigbigan.images import asset_images, save_image
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("images", nargs="*", help="two pictures; default: two bundled ones")

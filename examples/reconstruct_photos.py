@@ -2,11 +2,9 @@
 
 import argparse
 
-import torch
-import torch.nn.functional as F
-
 from bigbigan import load
-from bigbigan.images import asset_images, make_grid, save_image
+from bigbigan.grids import make_pairs
+from bigbigan.images import asset_images, save_image
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("images", nargs="*", help="default: 8 bundled pictures")
@@ -17,6 +15,5 @@ args = parser.parse_args()
 model = load(args.model, parts=("generator", "encoder"))
 x = model.preprocess(args.images or asset_images()[:8])  # [N, C, S, S]
 again = model.reconstruct(x)  # [N, C, s, s]
-pairs = torch.cat([F.adaptive_avg_pool2d(x, again.shape[-1]), again])
-save_image(make_grid(pairs, columns=len(x), scale=2), args.output)
+save_image(make_pairs(x, again), args.output)
 print(f"{args.output}: {len(x)} pictures above their reconstructions")

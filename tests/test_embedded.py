@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 import bigbigan
+from bigbigan.cli import main
 from bigbigan.hub import resolve
 from bigbigan.images import asset_images
 
@@ -84,3 +85,11 @@ def test_config_is_the_presets() -> None:
     document = json.loads((resolve() / "config.json").read_text())
     assert set(document["files"]) == {"generator", "encoder", "discriminator"}
     assert bigbigan.load().config == bigbigan.presets.PRESETS["bigbigan-fashion-mnist-32"].config
+
+
+def test_a_folder_of_colour_photos_warns_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for i in range(3):
+        Image.new("RGB", (40, 40), (80 * i, 30, 90)).save(tmp_path / f"{i}.png")
+    arguments = ["encode", str(tmp_path), "-o", str(tmp_path / "out.npz"), "--batch-size", "1"]
+    assert main(arguments) == 0
+    assert capsys.readouterr().err.count("trained on grey images") == 1

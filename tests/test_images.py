@@ -24,10 +24,10 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, PngImagePlugin
 
 from bigbigan.config import PreprocessConfig
+from bigbigan.grids import make_grid
 from bigbigan.images import (
     BadImageError,
     list_images,
-    make_grid,
     preprocess,
     read_image,
     save_image,

@@ -21,7 +21,7 @@ OWN = {path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in FILES}
 CORE_LEVELS = [
     {"_version", "config", "files"},
     {"layers", "images", "presets", "integrity"},
-    {"resnet", "generator", "discriminator"},
+    {"resnet", "generator", "discriminator", "grids"},
     {"revnet"},
     {"encoder"},
     {"model"},

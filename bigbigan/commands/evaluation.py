@@ -20,7 +20,6 @@ from bigbigan.commands.options import (
     open_model,
     positive,
 )
-from bigbigan.commands.pictures import CELL, fit, pair_rows
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -243,13 +242,11 @@ def _enlarged(images: Tensor, side: int) -> Tensor:
 
 
 def _draw_pairs(model: BigBiGAN, images: Tensor, path: str) -> None:
-    from bigbigan.images import make_grid, save_image
+    from bigbigan.grids import make_pairs
+    from bigbigan.images import save_image
 
     x = images.float() / 127.5 - 1  # as uint8 they would be preprocessed once more
-    again = model.reconstruct(x)
-    columns = min(8, len(x))
-    grid = make_grid(pair_rows(fit(x, again), again, columns), columns, scale=max(1, CELL // again.shape[-1]))
-    save_image(grid, path)
+    save_image(make_pairs(x, model.reconstruct(x)), path)
 
 
 def _load(arguments: argparse.Namespace, split: str, model: BigBiGAN) -> tuple[ImageDataset, Tensor]:

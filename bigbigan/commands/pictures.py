@@ -20,7 +20,6 @@ from bigbigan.commands.options import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-CELL = 64  # pixels: smaller images are shown enlarged to about this
 BATCH = 32
 
 
@@ -116,16 +115,13 @@ def _add_layout_options(parser: argparse.ArgumentParser, columns: str | None = N
         "--scale",
         type=positive,
         metavar="N",
-        help=f"each pixel as a square of N (default: up to {CELL} pixels an image)",
+        help="each pixel as a square of N (default: up to 64 pixels an image)",
     )
 
 
-def _scale(arguments: argparse.Namespace, images: Tensor) -> int:
-    return arguments.scale or max(1, CELL // images.shape[-1])
-
-
 def _generate(arguments: argparse.Namespace) -> int:
-    from bigbigan.images import make_grid, save_image
+    from bigbigan.grids import enlargement, make_grid
+    from bigbigan.images import save_image
 
     output = Path(arguments.output)
     single = arguments.output.endswith("/") or output.is_dir()
@@ -152,13 +148,14 @@ def _generate(arguments: argparse.Namespace) -> int:
     if drawn:
         import torch
 
-        grid = make_grid(torch.cat(drawn), arguments.columns, scale=_scale(arguments, images))
+        grid = make_grid(torch.cat(drawn), arguments.columns, scale=arguments.scale or enlargement(images))
         save_image(grid, output)
     return 0
 
 
 def _reconstruct(arguments: argparse.Namespace) -> int:
-    from bigbigan.images import asset_images, list_images, make_grid, save_image
+    from bigbigan.grids import make_pairs
+    from bigbigan.images import asset_images, list_images, save_image
 
     if arguments.images:
         given = [Path(image) for image in arguments.images]
@@ -172,37 +169,15 @@ def _reconstruct(arguments: argparse.Namespace) -> int:
     x = model.preprocess(files, **image_options(arguments))
     options = {"use_sample": arguments.use_sample, "upsample": arguments.upsample, "seed": arguments.seed}
     again = model.reconstruct(x, **options)
-    columns = min(arguments.columns or 8, len(x))
-    grid = pair_rows(fit(x, again), again, columns)
-    save_image(make_grid(grid, columns, scale=_scale(arguments, again)), arguments.output)
+    save_image(make_pairs(x, again, arguments.columns or 8, scale=arguments.scale), arguments.output)
     return 0
-
-
-def fit(x: Tensor, like: Tensor) -> Tensor:
-    """x at the size of `like`: mean-pooled to a smaller one, repeated to a larger."""
-    from torch.nn.functional import adaptive_avg_pool2d
-
-    return adaptive_avg_pool2d(x, like.shape[-1]).to(like.device)
-
-
-def pair_rows(above: Tensor, below: Tensor, columns: int) -> Tensor:
-    """Images [N, C, S, S] twice, in an order for a grid of `columns`: a row of one, the row of the other, and so on.
-
-    White fills the last pair of rows.
-    """
-    import torch
-
-    def rows(images: Tensor) -> Tensor:
-        white = images.new_ones(-len(images) % columns, *images.shape[1:])
-        return torch.cat([images, white]).unflatten(0, (-1, columns))
-
-    return torch.stack([rows(above), rows(below)], dim=1).flatten(0, 2)
 
 
 def _interpolate(arguments: argparse.Namespace) -> int:
     import torch
 
-    from bigbigan.images import make_grid, save_image
+    from bigbigan.grids import enlargement, make_grid, match_size
+    from bigbigan.images import save_image
 
     images = [arguments.a, arguments.b]
     check_picture(arguments.output, images)
@@ -212,9 +187,9 @@ def _interpolate(arguments: argparse.Namespace) -> int:
     way = slerp if arguments.spherical else torch.lerp
     t = torch.linspace(0, 1, arguments.steps)[:, None].to(z)
     drawn = model.generate(way(z[:1], z[1:], t), upsample=arguments.upsample)
-    ends = fit(x, drawn)
+    ends = match_size(x, drawn)
     strip = torch.cat([ends[:1], drawn, ends[1:]])
-    save_image(make_grid(strip, len(strip), scale=_scale(arguments, drawn)), arguments.output)
+    save_image(make_grid(strip, len(strip), scale=arguments.scale or enlargement(drawn)), arguments.output)
     return 0
 
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
-import torch
 from torch import Tensor
 
 from bigbigan.config import ModelInfo
@@ -45,12 +42,3 @@ def standing_statistics(model: BigBiGAN, images: Tensor, passes: int, batch_size
         with StandingStatistics(model.encoder) as statistics:
             for i in range(passes):
                 statistics(batches.at(i * batches.batch_size))
-
-
-def untrained_model(state: TrainingState) -> BigBiGAN:
-    """A copy of a fresh state's networks in inference form, with the default statistics (mean 0, variance 1)."""
-    model = BigBiGAN(state.config.model)
-    for name, network in copy.copy(state.networks()).items():
-        getattr(model, name).load_state_dict(dict(effective_state(network)), strict=True)
-    with torch.no_grad():
-        return model.eval()

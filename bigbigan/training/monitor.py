@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from bigbigan.evaluation.linear_probe import linear_probe
-from bigbigan.images import make_grid, save_image
+from bigbigan.grids import enlargement, make_grid, make_pairs, match_size
+from bigbigan.images import save_image
 from bigbigan.model import BigBiGAN
 from bigbigan.training.config import TrainConfig
 
@@ -35,13 +36,10 @@ class Monitor:
         """Writes `samples-….png` and `reconstructions-….png` (originals above reconstructions); returns scores."""
         x = self.grid.float() / 127.5 - 1  # [N, C, S, S]
         again = model.reconstruct(x)  # [N, C, s, s]
-        shown = torch.nn.functional.avg_pool2d(x, x.shape[-1] // again.shape[-1])
-        rows = torch.stack([shown.unflatten(0, (-1, 8)), again.unflatten(0, (-1, 8))], dim=1)  # [N / 8, 2, 8, C, s, s]
-        scale = max(1, 64 // again.shape[-1])
-        save_image(make_grid(rows.flatten(0, 2), 8, scale=scale), folder / f"reconstructions-{num_images:010d}.png")
+        save_image(make_pairs(x, again), folder / f"reconstructions-{num_images:010d}.png")
         samples = model.generate(64, seed=self.config.seed)
-        save_image(make_grid(samples, 8, scale=scale), folder / f"samples-{num_images:010d}.png")
-        scores = {"pixel_l1": round((again - shown).abs().mean().item(), 5)}
+        save_image(make_grid(samples, 8, scale=enlargement(samples)), folder / f"samples-{num_images:010d}.png")
+        scores = {"pixel_l1": round((again - match_size(x, again)).abs().mean().item(), 5)}
         if self.enabled:
             out = model.encode(self.images.float() / 127.5 - 1, seed=0, batch_size=256)
             n = self.config.probe_images
