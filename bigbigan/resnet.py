@@ -82,7 +82,7 @@ class ResNetUnit(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = first = self.norms[0](x)  # [N, inputs, H, W]
-        for conv, norm in zip(self.convs, self.norms[1:], strict=False):
+        for conv, norm in zip(self.convs[:-1], self.norms[1:], strict=True):
             h = norm(conv(h))  # [N, inner, H', W']
         h = self.convs[-1](h)  # [N, outputs, H / stride, W / stride]
         if self.shortcut is not None:

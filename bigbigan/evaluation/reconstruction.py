@@ -22,7 +22,7 @@ class Classifier(nn.Sequential):
     def __init__(self, image_channels: int, num_classes: int) -> None:
         widths = (32, 64, 128)
         stages: list[nn.Module] = []
-        for before, after, kernel in zip((image_channels, *widths), widths, (5, 3, 3), strict=False):
+        for before, after, kernel in zip((image_channels, *widths[:-1]), widths, (5, 3, 3), strict=True):
             stages += [
                 nn.Conv2d(before, after, kernel, stride=2, padding=kernel // 2, bias=False),
                 nn.BatchNorm2d(after),
