@@ -1,0 +1,167 @@
+"""A module folder from a spec, and TensorFlow's own results for it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tensorflow as tf
+from tensorflow.core.protobuf import saved_model_pb2
+
+from .discriminator import discriminator
+from .encoder import encoder
+from .generator import generator, upsampled
+from .layers import Part, Tensor, Writer, v1
+from .spec import ModuleSpec, documented_signatures
+from .variables import Variables
+
+MODULE_DEF = b"\x08\x03"  # ModuleDef { format: FORMAT_V3 }
+
+
+@dataclass(frozen=True)
+class BuiltModule:
+    """A module on disk; `variables` has every stored variable's shape by name."""
+
+    folder: Path
+    spec: ModuleSpec
+    variables: dict[str, tuple[int, ...]]
+
+
+def build_module(folder: str | Path, spec: ModuleSpec, seed: int = 0) -> BuiltModule:
+    """Writes `saved_model.pb`, `tfhub_module.pb` and `variables/` (and `assets/` if the style has them)."""
+    folder = Path(folder)
+    (folder / "variables").mkdir(parents=True)
+    variables = Variables(spec.style, seed)
+    saved = saved_model_pb2.SavedModel(saved_model_schema_version=1)
+    saved.meta_graphs.append(write_meta_graph(spec, variables, folder))
+    if spec.style.train_graph:
+        trained = Variables(spec.style, seed)
+        saved.meta_graphs.append(write_meta_graph(spec, trained, folder, training=True))
+        variables.values = {**trained.values, **variables.values}
+    (folder / "saved_model.pb").write_bytes(saved.SerializeToString(deterministic=True))
+    (folder / "tfhub_module.pb").write_bytes(MODULE_DEF)
+    save_variables(folder, variables.values)
+    return BuiltModule(folder, spec, {name: value.shape for name, value in sorted(variables.values.items())})
+
+
+def save_variables(folder: Path, values: Mapping[str, np.ndarray]) -> None:
+    """The bundle `variables/variables.{index,data-00000-of-00001}`, as TensorFlow's Saver writes it."""
+    names = sorted(values)
+    tf.raw_ops.SaveV2(
+        prefix=str(folder / "variables" / "variables"),
+        tensor_names=names,
+        shape_and_slices=[""] * len(names),
+        tensors=[values[name] for name in names],
+    )
+
+
+def write_meta_graph(
+    spec: ModuleSpec, variables: Variables, folder: Path, training: bool = False
+) -> tf.compat.v1.MetaGraphDef:
+    """One MetaGraph with the four signatures."""
+    with tf.Graph().as_default() as graph:
+        control_flow = tf.compat.v1.control_flow_v2_enabled()
+        v1.disable_control_flow_v2() if spec.style.branch == "switch" else v1.enable_control_flow_v2()
+        try:
+            signatures = write_signatures(spec, variables, training)
+        finally:
+            v1.enable_control_flow_v2() if control_flow else v1.disable_control_flow_v2()
+        if spec.style.dead_code:
+            write_dead_code(signatures)
+        if spec.style.assets:
+            write_asset(folder)
+        meta = v1.train.export_meta_graph(graph=graph, clear_devices=True)
+        meta.meta_info_def.tags.extend(["train"] if training else spec.tags)
+        for name, (inputs, outputs) in signatures.items():
+            meta.signature_def[name].CopyFrom(v1.saved_model.build_signature_def(*(
+                {key: v1.saved_model.build_tensor_info(value) for key, value in tensors.items()}
+                for tensors in (inputs, outputs)
+            )))  # fmt: skip
+        return meta
+
+
+Tensors = dict[str, Tensor]
+
+
+def write_signatures(spec: ModuleSpec, variables: Variables, training: bool) -> dict[str, tuple[Tensors, Tensors]]:
+    """Placeholders and outputs of each signature."""
+    parts = {
+        "g": Part(spec.generator.spectral_norm, spec.generator.ema, spec.generator.statistics),
+        "e": Part(spec.encoder.spectral_norm, spec.encoder.ema, spec.encoder.statistics),
+        "d": Part(spec.discriminator.spectral_norm, spec.discriminator.ema, "accumulated"),
+    }
+    g, e, d = (Writer(spec, variables, parts[name], training) for name in "ged")
+    result: dict[str, tuple[Tensors, Tensors]] = {}
+    for name, signature in documented_signatures(spec).items():
+        if name == "default" and spec.style.shared_encode:
+            inputs, outputs = result["encode"]
+            result[name] = inputs, {"default": outputs["default"]}
+            continue
+        inputs = {key: v1.placeholder(tf.float32, shape, key) for key, shape in signature.inputs.items()}
+        if name == "generate":
+            image = generator(g, inputs["z"])
+            result[name] = inputs, {"default": image, "upsampled": upsampled(g, image)}
+        elif name == "discriminate":
+            result[name] = inputs, discriminator(d, inputs["x"], inputs["z"])
+        else:
+            outputs = encoder(e, inputs["x"])
+            result[name] = inputs, outputs if name == "encode" else {"default": outputs["default"]}
+    return result
+
+
+def write_dead_code(signatures: Mapping[str, tuple[Tensors, Tensors]]) -> None:
+    """Nodes that no signature reaches, as training leaves them behind."""
+    image = signatures["generate"][1]["default"]
+    with v1.name_scope("losses"):
+        loss = tf.reduce_mean(tf.nn.relu(1.0 - tf.reduce_sum(image, [1, 2, 3])), name="loss")
+        tf.argmax(tf.reshape(image, [-1, 3]), -1, name="argmax")
+        v1.train.get_or_create_global_step()
+        v1.Print(loss, [loss], name="print")
+
+
+def write_asset(folder: Path) -> None:
+    (folder / "assets").mkdir(exist_ok=True)
+    (folder / "assets" / "labels.txt").write_text("one\n")
+    path = tf.constant("labels.txt", name="asset_path")
+    v1.add_to_collection(v1.GraphKeys.ASSET_FILEPATHS, path)
+
+
+def noise_tensors(graph: tf.Graph, outputs: list[Tensor]) -> list[Tensor]:
+    """Standard-normal noise that the outputs depend on along data edges."""
+    seen: set[str] = set()
+    found, stack = [], [tensor.op for tensor in outputs]
+    while stack:
+        op = stack.pop()
+        if op.name not in seen:
+            seen.add(op.name)
+            stack.extend(tensor.op for tensor in op.inputs)
+            if op.type == "RandomStandardNormal":
+                found.append(op.outputs[0])
+    return found
+
+
+def run_reference(
+    folder: str | Path,
+    signature: str,
+    feeds: Mapping[str, np.ndarray],
+    noise: np.ndarray | None = None,
+    tags: tuple[str, ...] = (),
+) -> dict[str, np.ndarray]:
+    """TensorFlow's outputs of one signature. Only for modules that the tests built: loading runs what is in them.
+
+    `noise` [N, z_dim] takes the place of the standard-normal draw behind z_sample, if there is one.
+    """
+    config = v1.ConfigProto(intra_op_parallelism_threads=1, inter_op_parallelism_threads=1)
+    config.graph_options.rewrite_options.disable_meta_optimizer = True  # the graph as written
+    with tf.Graph().as_default() as graph, v1.Session(graph=graph, config=config) as session:
+        meta = v1.saved_model.loader.load(session, list(tags), str(folder))
+        definition = meta.signature_def[signature]
+        outputs = {key: graph.get_tensor_by_name(info.name) for key, info in definition.outputs.items()}
+        values = {graph.get_tensor_by_name(definition.inputs[key].name): value for key, value in feeds.items()}
+        if noise is not None:
+            for tensor in noise_tensors(graph, list(outputs.values())):
+                leading = tensor.shape.rank - noise.ndim if tensor.shape.rank else 0
+                values[tensor] = noise.reshape((1,) * leading + noise.shape)
+        return session.run(outputs, values)

@@ -1,0 +1,62 @@
+"""Variables of a module: made once, read by every signature, with values that depend on their name alone."""
+
+from __future__ import annotations
+
+import hashlib
+import zlib
+
+import numpy as np
+import tensorflow as tf
+
+from .spec import Style
+
+v1 = tf.compat.v1
+
+
+class Variables:
+    """Variables by canonical (DeepMind-like) name.
+
+    A value depends on the seed and on the name of what it means ("…/conv0/w", "…/BatchNorm/mean"), never on the style,
+    so that two styles of one architecture hold the same function.
+    """
+
+    def __init__(self, style: Style, seed: int):
+        self.style, self.seed = style, seed
+        self.values: dict[str, np.ndarray] = {}  # by stored name
+        self._variables: dict[str, tf.Variable] = {}  # by canonical name
+
+    def random(self, meaning: str) -> np.random.Generator:
+        return np.random.default_rng([self.seed, zlib.crc32(meaning.encode())])
+
+    def weight(self, meaning: str, shape: tuple[int, ...], fan_in: int, gain: float) -> np.ndarray:
+        return self.random(meaning).standard_normal(shape, np.float32) * np.float32(gain / np.sqrt(fan_in))
+
+    def vector(self, meaning: str, size: int, low: float, high: float) -> np.ndarray:
+        return self.random(meaning).uniform(low, high, size).astype(np.float32)
+
+    def stored_name(self, canonical: str) -> str:
+        if self.style.scopes == "deepmind":
+            return canonical
+        part, digest = canonical.split("/")[0], hashlib.sha1(canonical.encode()).hexdigest()[:8]
+        return f"model/{part[:1].lower()}_{digest}/var"
+
+    def get(self, canonical: str, value: np.ndarray, trainable: bool = True) -> tf.Variable:
+        """The variable of this name; made with `value` at its first use."""
+        if canonical not in self._variables:
+            name = self.stored_name(canonical)
+            shape = list(value.shape)
+            with tf.init_scope(), v1.name_scope(None):  # outside any function or branch being written
+                initial = (lambda: v1.truncated_normal(shape)) if trainable else (lambda: tf.ones(shape))
+                variable = v1.Variable(
+                    initial, name=name, trainable=trainable, dtype=tf.float32,
+                    use_resource=self.style.variables == "resource",
+                )  # fmt: skip
+            assert variable.op.name == name, (variable.op.name, name)
+            self.values[name], self._variables[canonical] = np.ascontiguousarray(value, np.float32), variable
+        return self._variables[canonical]
+
+    def read(self, variable: tf.Variable) -> tf.Tensor:
+        if self.style.functions == "by_value":  # the function gets the value as an argument
+            with tf.init_scope(), v1.name_scope(None):
+                return tf.identity(variable)
+        return tf.identity(variable) if self.style.variables == "resource" else tf.convert_to_tensor(variable)
