@@ -1,0 +1,179 @@
+"""Builds layers in one canonical form each, whatever order the graph had harmless operations in."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from weights_conversion.algebra import Layer, Poly, equal, make, of_layer, slice_coefficient, squeezed
+from weights_conversion.errors import ConversionError
+
+
+class LayerTable:
+    """Makes layers; the same kind, inputs and attributes give the same layer."""
+
+    def __init__(self) -> None:
+        self._table: dict[tuple[Any, ...], Layer] = {}
+        self.layers: list[Layer] = []
+
+    def layer(self, kind: str, inputs: tuple[Poly, ...], shape: tuple[int, ...], name: str, **attributes: Any) -> Poly:
+        facts = tuple((k, v) for k, v in sorted(attributes.items()) if not isinstance(v, np.ndarray))
+        key = (kind, tuple(p.key() for p in inputs), shape, facts)
+        if key not in self._table:
+            self._table[key] = Layer(kind, inputs, shape, name, len(self.layers), attributes)
+            self.layers.append(self._table[key])
+        return of_layer(self._table[key])
+
+    # ---- channels
+
+    def concat(self, parts: list[Poly], shape: tuple[int, ...], name: str) -> Poly:
+        """Along the last axis; constant rows are parts without layers."""
+        flat: list[Poly] = []
+        for part in parts:
+            layer = part.only
+            flat += layer.inputs if layer is not None and layer.kind == "Concat" else [part]
+        return flat[0] if len(flat) == 1 else self.layer("Concat", tuple(flat), shape, name)
+
+    def slice(self, poly: Poly, low: int, high: int, name: str) -> Poly:
+        """Channels low to high."""
+        if (low, high) == (0, poly.shape[-1]):
+            return poly
+        shape = (*poly.shape[:-1], high - low)
+        result = make({(): slice_coefficient(poly.const, low, high)}, shape, poly.hint)
+        for monomial in poly.monomials:
+            if len(monomial) > 1:
+                raise ConversionError(f"node {name!r} cuts a product of layers in two")
+            c = slice_coefficient(poly.terms[monomial], low, high)
+            result = result + self._slice_layer(monomial[0], low, high, name).scale(c)
+        return make(result.terms, shape)
+
+    def _slice_layer(self, layer: Layer, low: int, high: int, name: str) -> Poly:
+        shape = (*layer.shape[:-1], high - low)
+        if layer.kind == "Slice":
+            return self.slice(layer.input, layer.low + low, layer.low + high, name)
+        if layer.kind == "Dense":  # half a linear layer is a linear layer
+            key = (*layer.key, "columns", low, high)
+            return self.layer("Dense", layer.inputs, shape, layer.name, weight=layer.weight[:, low:high], key=key)
+        if layer.kind == "Add":
+            parts = tuple(self.slice(part, low, high, name) for part in layer.inputs)
+            return self.layer("Add", parts, shape, layer.name)
+        if layer.kind == "Concat":
+            parts, start = [], 0
+            for part in layer.inputs:
+                end = start + part.shape[-1]
+                a, b = max(low, start), min(high, end)
+                if a < b:
+                    parts.append(self.slice(part, a - start, b - start, name))
+                start = end
+            return self.concat(parts, shape, name)
+        return self.layer("Slice", (of_layer(layer),), shape, name, low=low, high=high)
+
+    # ---- linear layers
+
+    def dense(self, poly: Poly, weight: np.ndarray, key: tuple[Any, ...], name: str) -> Poly:
+        """[N, K] @ weight [K, M]; rows that meet constants become a constant."""
+        shape = (*poly.shape[:-1], weight.shape[1])
+        layer = poly.only
+        if layer is not None and layer.kind == "Concat" and any(not part.monomials for part in layer.inputs):
+            const, parts, rows, start = np.zeros(weight.shape[1]), [], [], 0
+            for part in layer.inputs:
+                end = start + part.shape[-1]
+                if part.monomials:
+                    parts.append(part)
+                    rows.append((start, end))
+                else:
+                    row = np.broadcast_to(part.const, (end - start,))
+                    const = const + row @ weight[start:end].astype(np.float64)
+                start = end
+            if parts:
+                kept = np.concatenate([weight[a:b] for a, b in rows])
+                inputs = self.concat(parts, (*poly.shape[:-1], len(kept)), name)
+                return self.dense(inputs, kept, (*key, "rows", *rows), name).shift(const)
+        return self.layer("Dense", (poly,), shape, name, weight=weight, key=key)
+
+    def conv(
+        self, poly: Poly, kernel: np.ndarray, key: tuple[Any, ...], name: str,
+        *, shape: tuple[int, ...], stride: int, pads: tuple[int, int, int, int],
+    ) -> Poly:  # fmt: skip
+        """Convolution with HWIO kernel after zero padding (top, bottom, left, right)."""
+        layer = poly.only
+        if layer is not None and layer.kind == "Pad" and layer.value == 0 and not any(pads):
+            poly, pads, layer = layer.input, layer.pads, layer.input.only
+        if kernel.shape[:2] == (1, 1) and stride == 1 and layer is not None and layer.kind == "Upsample":
+            small = (shape[0], *layer.input.shape[1:3], shape[3])
+            inner = self.conv(layer.input, kernel, key, name, shape=small, stride=1, pads=pads)
+            return self.upsample(inner, shape, layer.name)
+        return self.layer("Conv", (poly,), shape, name, kernel=kernel, stride=stride, pads=pads, key=key)
+
+    # ---- space
+
+    def upsample(self, poly: Poly, shape: tuple[int, ...], name: str) -> Poly:
+        """Nearest, by two; scaling and shifts come after it."""
+        return self._outward("Upsample", poly, shape, name)
+
+    def average_pool(self, poly: Poly, shape: tuple[int, ...], name: str) -> Poly:
+        """2x2 of stride 2; scaling and shifts come after it, 1x1 convolutions too."""
+        layer = poly.only
+        if not poly.monomials:
+            return Poly(poly.terms, shape)
+        if layer is not None and layer.kind == "Concat":
+            parts = [self.average_pool(part, (*shape[:3], part.shape[-1]), name) for part in layer.inputs]
+            return self.concat(parts, shape, name)
+        if layer is not None and layer.kind == "Conv" and layer.kernel.shape[:2] == (1, 1) and layer.stride == 1:
+            pooled = self.average_pool(layer.input, (*shape[:3], layer.input.shape[-1]), name)
+            return self.conv(pooled, layer.kernel, layer.key, layer.name, shape=shape, stride=1, pads=(0, 0, 0, 0))
+        return self._outward("AvgPool", poly, shape, name)
+
+    def _outward(self, kind: str, poly: Poly, shape: tuple[int, ...], name: str) -> Poly:
+        layer = poly.single
+        if layer is None or poly.only is not None:
+            return self.layer(kind, (poly,), shape, name)
+        inner = of_layer(layer)
+        outer = self.average_pool(inner, shape, name) if kind == "AvgPool" else self.upsample(inner, shape, name)
+        return make(outer.scale(poly.terms[(layer,)]).shift(poly.const).terms, shape)
+
+    def relu(self, poly: Poly, name: str) -> Poly:
+        layer = poly.only
+        if not poly.monomials:
+            return make({(): np.maximum(poly.const, 0)}, poly.shape)
+        if layer is not None and layer.kind == "Concat":
+            return self.concat([self.relu(part, name) for part in layer.inputs], poly.shape, name)
+        return self.layer("Relu", (poly,), poly.shape, name)
+
+    # ---- movement of values
+
+    def move(self, poly: Poly, index: np.ndarray, name: str) -> Poly:
+        """Values of a tensor in another arrangement: index holds, for every place, the place it comes from."""
+        layer = poly.only
+        if layer is not None and layer.kind == "Move":
+            return self.move(layer.input, layer.index.reshape(-1)[index], name)
+        shape = tuple(index.shape)
+        flat = index.reshape(-1)
+        ordered = flat.size == np.prod(poly.shape) and bool((flat == np.arange(flat.size)).all())
+        if ordered and shape == poly.shape:
+            return poly
+        if ordered and squeezed(shape) == squeezed(poly.shape) and (
+            shape[-1:] == poly.shape[-1:] or all(c.ndim == 0 for c in poly.terms.values())
+        ):
+            return Poly(poly.terms, shape, poly.hint)
+        if len(shape) == len(poly.shape) == 4 and shape == doubled(poly.shape):
+            source = np.arange(np.prod(poly.shape)).reshape(poly.shape)
+            if (index == source.repeat(2, axis=1).repeat(2, axis=2)).all():
+                return self.upsample(poly, shape, name)
+        key = (name, hash(index.tobytes()))
+        return self.layer("Move", (poly,), shape, name, index=index, ordered=ordered, key=key)
+
+
+def doubled(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return (shape[0], 2 * shape[1], 2 * shape[2], shape[3])
+
+
+def is_scaled(q: Poly, p: Poly) -> float | None:
+    """c with q = c * p for a scalar c, or None."""
+    if set(q.terms) != set(p.terms) or not p.monomials:
+        return None
+    monomial = p.monomials[0]
+    ratio = float(np.reshape(q.terms[monomial], -1)[0] / np.reshape(p.terms[monomial], -1)[0])
+    same = all(np.allclose(q.terms[m], ratio * p.terms[m], rtol=1e-6, atol=0) for m in p.terms)
+    return ratio if same and not equal(np.asarray(ratio), 1) else None

@@ -1,0 +1,189 @@
+"""A TF-Hub module folder, read as data: graph, signatures and variables. Nothing is loaded as a program."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from weights_conversion.errors import ConversionError, tensorflow
+
+GRAPH = "saved_model.pb"
+BUNDLE = "variables/variables"
+MAX_GRAPH_BYTES = 1 << 30
+MAX_BUNDLE_BYTES = 16 << 30
+FLOATS = ("float32", "float64", "float16", "bfloat16")
+
+
+@dataclass(frozen=True)
+class Signature:
+    """Names of the graph's tensors by the names of a signature's inputs and outputs."""
+
+    inputs: dict[str, str]
+    outputs: dict[str, str]
+    shapes: dict[str, tuple[int | None, ...]]  # of inputs; None where unknown
+
+
+class Module:
+    """The inference graph of a module folder.
+
+    Raises:
+        ConversionError: the folder is no TF1 module, or holds links, or is damaged.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        paths = self._files()
+        graph = self._parse(paths[0])
+        self.nodes: dict[str, Any] = {}
+        for node in graph.graph_def.node:
+            if node.name in self.nodes:
+                raise ConversionError(f"{folder / GRAPH} has two nodes named {node.name!r}")
+            self.nodes[node.name] = node
+        self.functions = {f.signature.name: f for f in graph.graph_def.library.function}
+        self.signatures = {name: _signature(name, s) for name, s in sorted(graph.signature_def.items())}
+        self.variables = Variables(folder / BUNDLE, _restored_names(self.nodes))
+        self.sha256 = {str(path.relative_to(folder)): _digest(path) for path in paths}
+
+    def _files(self) -> list[Path]:
+        if not self.folder.is_dir():
+            raise ConversionError(f"{self.folder} is no folder")
+        parent = self.folder / "variables"
+        data = sorted(path for path in parent.glob("variables.data-*-of-*")) if parent.is_dir() else []
+        paths = [self.folder / GRAPH, self.folder / f"{BUNDLE}.index", *data]
+        for path in paths:
+            if not path.is_file():
+                raise ConversionError(
+                    f"{self.folder} is no TF-Hub module of TensorFlow 1: it lacks {path.relative_to(self.folder)}"
+                )
+            if any(part.is_symlink() for part in (path, parent)):
+                raise ConversionError(f"{path} is a link; copy the module's own files into one folder")
+        if not data:
+            raise ConversionError(f"{parent} has no variables.data-… file: the module is incomplete")
+        if (size := sum(path.stat().st_size for path in paths)) > MAX_BUNDLE_BYTES:
+            raise ConversionError(f"{self.folder} has {size} bytes, more than any BigBiGAN module")
+        return paths
+
+    def _parse(self, path: Path) -> Any:
+        """The MetaGraph without tags: the inference graph of a TF1 hub module."""
+        tensorflow()
+        from google.protobuf.message import DecodeError
+        from tensorflow.core.protobuf import saved_model_pb2
+
+        if path.stat().st_size > MAX_GRAPH_BYTES:
+            raise ConversionError(f"{path} has more than {MAX_GRAPH_BYTES} bytes; a module's graph is far smaller")
+        model = saved_model_pb2.SavedModel()
+        try:
+            model.ParseFromString(path.read_bytes())
+        except DecodeError as error:
+            raise ConversionError(f"{path} is no saved model: {error}; download the module anew") from error
+        untagged = [graph for graph in model.meta_graphs if not graph.meta_info_def.tags]
+        if len(untagged) != 1:
+            tags = [sorted(graph.meta_info_def.tags) for graph in model.meta_graphs]
+            raise ConversionError(f"{path} should have one graph without tags, as TF1 hub modules do; it has {tags}")
+        return untagged[0]
+
+
+def _signature(name: str, definition: Any) -> Signature:
+    tf = tensorflow()
+    for side in (definition.inputs, definition.outputs):
+        for key, info in side.items():
+            if info.WhichOneof("encoding") != "name" or info.dtype != tf.float32.as_datatype_enum:
+                raise ConversionError(f"signature {name!r}: {key!r} is no float32 tensor")
+    shapes = {
+        key: tuple(None if d.size < 0 else d.size for d in info.tensor_shape.dim)
+        for key, info in definition.inputs.items()
+        if not info.tensor_shape.unknown_rank
+    }
+    inputs, outputs = ({k: side[k].name for k in sorted(side)} for side in (definition.inputs, definition.outputs))
+    return Signature(inputs, outputs, shapes)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _slow(file)
+
+
+def _slow(file: Any) -> str:
+    digest = hashlib.sha256()
+    while chunk := file.read(1 << 20):
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _restored_names(nodes: dict[str, Any]) -> dict[str, str]:
+    """Checkpoint keys by variable node, from the graph's own saver: Assign(variable, RestoreV2(…, tensor_names, …))."""
+    tf = tensorflow()
+    keys: dict[str, str] = {}
+    for node in nodes.values():
+        if node.op not in ("Assign", "AssignVariableOp") or len(node.input) < 2:
+            continue
+        source, _, port = node.input[1].partition(":")
+        while source in nodes and nodes[source].op == "Identity":
+            source, _, port = nodes[source].input[0].partition(":")
+        restore = nodes.get(source)
+        if restore is None or restore.op != "RestoreV2":
+            continue
+        names = nodes.get(restore.input[1].partition(":")[0])
+        if names is None or names.op != "Const":
+            continue
+        values = tf.make_ndarray(names.attr["value"].tensor).reshape(-1)
+        variable, index = node.input[0].partition(":")[0], int(port or 0)
+        if index < len(values):
+            key = values[index].decode("utf-8", "replace")
+            if keys.setdefault(variable, key) != key:
+                raise ConversionError(f"variable {variable!r} is restored from both {keys[variable]!r} and {key!r}")
+    return keys
+
+
+class Variables:
+    """Values of a variables bundle by node name; its checksums are verified as they are read."""
+
+    def __init__(self, prefix: Path, restored: dict[str, str]):
+        self.prefix, self.restored = prefix, restored
+        self.used: set[str] = set()
+
+    @cached_property
+    def _reader(self) -> Any:
+        tf = tensorflow()
+        try:
+            reader = tf.train.load_checkpoint(str(self.prefix))
+            shapes, dtypes = reader.get_variable_to_shape_map(), reader.get_variable_to_dtype_map()
+        except (tf.errors.OpError, RuntimeError, ValueError, UnicodeDecodeError) as error:
+            raise ConversionError(f"{self.prefix}.index cannot be read: {_first_line(error)}") from error
+        size = sum(path.stat().st_size for path in self.prefix.parent.glob("variables.data-*"))
+        claimed = sum(math.prod(shape) * max(dtypes[name].size, 1) for name, shape in shapes.items())
+        if claimed > size:
+            raise ConversionError(f"{self.prefix}.index describes {claimed} bytes; the data files hold {size}")
+        return reader
+
+    def keys(self) -> set[str]:
+        return set(self._reader.get_variable_to_shape_map())
+
+    def read(self, node: str, name: str) -> np.ndarray:
+        """Value of the variable made by `node`, which the bundle may know by `name`.
+
+        Raises:
+            ConversionError: it is not in the bundle, or damaged.
+        """
+        tf = tensorflow()
+        key = self.restored.get(node, name if name in self.keys() else node)
+        if key not in self.keys():
+            raise ConversionError(f"variable {key!r} (node {node!r}) is not in {self.prefix}.index")
+        self.used.add(key)
+        try:
+            value = np.asarray(self._reader.get_tensor(key))
+        except (tf.errors.OpError, RuntimeError, ValueError) as error:
+            raise ConversionError(f"variable {key!r} cannot be read from {self.prefix}: {_first_line(error)}") from error
+        if value.dtype.name in FLOATS and not np.isfinite(value.astype(np.float32)).all():
+            raise ConversionError(f"variable {key!r} holds values that are not finite")
+        return value
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:300]
