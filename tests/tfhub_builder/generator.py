@@ -19,6 +19,7 @@ def attention(w: Writer, x: Tensor) -> Tensor:
         phi = tf.nn.max_pool2d(w.conv("phi", x, channels // 8, 1, bias=False), 2, 2, "VALID")
         g = tf.nn.max_pool2d(w.conv("g", x, channels // 2, 1, bias=False), 2, 2, "VALID")
         theta = w.reshape(theta, [positions, channels // 8])
+        theta = theta if w.spec.attention_scale == 1 else theta * w.spec.attention_scale
         phi = w.reshape(phi, [positions // 4, channels // 8])
         g = w.reshape(g, [positions // 4, channels // 2])
         if w.style.attention == "einsum":

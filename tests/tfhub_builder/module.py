@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import tensorflow as tf
 from tensorflow.core.protobuf import saved_model_pb2
+from tensorflow.python.saved_model.loader_impl import SavedModelLoader
 
 from .discriminator import discriminator
 from .encoder import encoder
@@ -142,6 +143,34 @@ def noise_tensors(graph: tf.Graph, outputs: list[Tensor]) -> list[Tensor]:
     return found
 
 
+def run_references(
+    folder: str | Path,
+    feeds: Mapping[str, Mapping[str, np.ndarray]],
+    noise: np.ndarray | None = None,
+    tags: tuple[str, ...] = (),
+) -> dict[str, dict[str, np.ndarray]]:
+    """TensorFlow's outputs by signature. Only for modules that the tests built: loading runs what is in them.
+
+    Variables are read anew for each signature. `noise` [N, z_dim] takes the place of the standard-normal draw behind
+    z_sample, if there is one.
+    """
+    config = v1.ConfigProto(intra_op_parallelism_threads=1, inter_op_parallelism_threads=1)
+    config.graph_options.rewrite_options.disable_meta_optimizer = True  # the graph as written
+    loader, results = SavedModelLoader(str(folder)), {}
+    with tf.Graph().as_default() as graph, v1.Session(graph=graph, config=config) as session:
+        saver, _ = loader.load_graph(graph, list(tags))
+        for signature, arrays in feeds.items():
+            loader.restore_variables(session, saver)
+            definition = loader.get_meta_graph_def_from_tags(list(tags)).signature_def[signature]
+            outputs = {key: graph.get_tensor_by_name(info.name) for key, info in definition.outputs.items()}
+            values = {graph.get_tensor_by_name(definition.inputs[key].name): array for key, array in arrays.items()}
+            for tensor in noise_tensors(graph, list(outputs.values())) if noise is not None else ():
+                leading = tensor.shape.rank - noise.ndim if tensor.shape.rank else 0
+                values[tensor] = noise.reshape((1,) * leading + noise.shape)
+            results[signature] = session.run(outputs, values)
+    return results
+
+
 def run_reference(
     folder: str | Path,
     signature: str,
@@ -149,19 +178,20 @@ def run_reference(
     noise: np.ndarray | None = None,
     tags: tuple[str, ...] = (),
 ) -> dict[str, np.ndarray]:
-    """TensorFlow's outputs of one signature. Only for modules that the tests built: loading runs what is in them.
+    """TensorFlow's outputs of one signature; see `run_references`."""
+    return run_references(folder, {signature: feeds}, noise, tags)[signature]
 
-    `noise` [N, z_dim] takes the place of the standard-normal draw behind z_sample, if there is one.
-    """
-    config = v1.ConfigProto(intra_op_parallelism_threads=1, inter_op_parallelism_threads=1)
-    config.graph_options.rewrite_options.disable_meta_optimizer = True  # the graph as written
-    with tf.Graph().as_default() as graph, v1.Session(graph=graph, config=config) as session:
-        meta = v1.saved_model.loader.load(session, list(tags), str(folder))
-        definition = meta.signature_def[signature]
-        outputs = {key: graph.get_tensor_by_name(info.name) for key, info in definition.outputs.items()}
-        values = {graph.get_tensor_by_name(definition.inputs[key].name): value for key, value in feeds.items()}
-        if noise is not None:
-            for tensor in noise_tensors(graph, list(outputs.values())):
-                leading = tensor.shape.rank - noise.ndim if tensor.shape.rank else 0
-                values[tensor] = noise.reshape((1,) * leading + noise.shape)
-        return session.run(outputs, values)
+
+def random_feeds(spec: ModuleSpec, count: int, seed: int = 0) -> tuple[dict[str, dict[str, np.ndarray]], np.ndarray]:
+    """Inputs for every signature (latents, and images with coarse and fine structure), and noise [count, z_dim]."""
+    rng = np.random.default_rng(seed)
+
+    def array(shape: tuple[int | None, ...]) -> np.ndarray:
+        if len(shape) == 2:
+            return rng.standard_normal((count, shape[1]), np.float32)
+        coarse = rng.uniform(-1, 1, (count, 4, 4, 3)).repeat(shape[1] // 4, 1).repeat(shape[2] // 4, 2)
+        return np.clip(coarse + rng.normal(0, 0.2, (count, *shape[1:])), -1, 1).astype(np.float32)
+
+    signatures = documented_signatures(spec)
+    feeds = {name: {key: array(shape) for key, shape in s.inputs.items()} for name, s in signatures.items()}
+    return feeds, rng.standard_normal((count, spec.z_dim), np.float32)

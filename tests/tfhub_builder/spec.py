@@ -129,7 +129,7 @@ class Style:
     functions: Literal["none", "by_value", "captured"] = "none"  # blocks in PartitionedCall, StatefulPartitionedCall
     dynamic_shapes: bool = True  # Shape, StridedSlice and Pack feed Reshape and resize; else -1 and constants
     train_graph: bool = False  # a second MetaGraph tagged "train"
-    shared_encode: bool = False  # `default` reuses the graph of `encode`
+    shared_encode: bool = True  # `default` is an output of the graph of `encode`; else a graph of its own
     assets: bool = False
     spectral_norm_form: Literal["eps_added", "rsqrt_maximum"] = "eps_added"
     dead_code: bool = False  # losses, summaries' inputs and optimiser-like nodes that no signature reaches
@@ -146,6 +146,7 @@ class ModuleSpec:
     spectral_norm_eps: float = 1e-4
     stdev_offset: float = 0.0  # outside the known family: softplus(x) + offset
     sample_activation: bool = False  # outside the known family: tanh on z_sample alone
+    attention_scale: float = 1.0  # outside the known family unless 1: factor on the attention logits
     tags: tuple[str, ...] = ()
 
     @property
