@@ -1,4 +1,4 @@
-"""Hostile archives; importing this module adds them to `hostile.HOSTILE`."""
+"""Hostile archives."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import io
 import tarfile
 from pathlib import Path
 
-from .hostile import HOSTILE, Hostile, marker, secret
+from .registry import HOSTILE, Hostile, marker, secret
 
 
 def pack(folder: Path, archive: Path, prefix: str = "./") -> Path:
@@ -97,11 +97,8 @@ def tar_bomb(good: Path, path: Path) -> Path:
     info = tarfile.TarInfo("./saved_model.pb")
     info.size = 2**30
     archive = path.with_name(path.name + ".tar.gz")
-    with gzip.open(archive, "wb", compresslevel=1) as file:
-        file.write(info.tobuf(tarfile.GNU_FORMAT))
-        for _ in range(64):
-            file.write(bytes(2**24))
-        file.write(bytes(1024))
+    zeros = gzip.compress(bytes(2**24))  # gzip streams may follow one another
+    archive.write_bytes(gzip.compress(info.tobuf(tarfile.GNU_FORMAT)) + 64 * zeros + gzip.compress(bytes(1024)))
     return archive
 
 

@@ -143,7 +143,7 @@ class Writer:
         self, name: str, x: Tensor, outputs: int, kernel: int, *,
         stride: int = 1, padding: str = "explicit", bias: bool = True, gain: float = 1.3,
     ) -> Tensor:  # fmt: skip
-        """Convolution; `padding` (explicit zeros of half the kernel, or TensorFlow's SAME) matters with strides only."""
+        """Convolution; `padding` (explicit zeros of half the kernel, or SAME) matters with strides only."""
         with self.scope(name):
             inputs, size = x.shape[-1], x.shape[1]
             weight = self.weight((kernel, kernel, inputs, outputs), kernel * kernel * inputs, gain)

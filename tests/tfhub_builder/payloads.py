@@ -64,9 +64,8 @@ def add_init_op(place: str, build: Callable[[], tf.Operation]) -> Change:
 
     def change(saved: saved_model_pb2.SavedModel) -> None:
         meta = saved.meta_graphs[0]
-        with tf.Graph().as_default() as graph, v1.name_scope("hostile"):
-            with tf.control_dependencies([build()]):
-                init = tf.no_op(name="init")
+        with tf.Graph().as_default() as graph, v1.name_scope("hostile"), tf.control_dependencies([build()]):
+            init = tf.no_op(name="init")
         _graft(meta, graph, "")
         if place == "init_signature":
             info = meta_graph_pb2.TensorInfo(name=init.name)

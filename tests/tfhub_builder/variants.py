@@ -148,7 +148,7 @@ _BASES = {"leaky_relu": LEAKY, "condition": _style(branch="switch")}
 CLUTTER = ("identity", "squeeze", "reshape", "stop_gradient", "prevent_gradient", "cast")
 
 WRITINGS: dict[str, ModuleSpec] = {
-    f"writing_{name}" + ("" if isinstance(value, bool) else f"_{value}"): _style(_BASES.get(name, PLAIN), **{name: value})
+    "_".join(["writing", name] + [value] * isinstance(value, str)): _style(_BASES.get(name, PLAIN), **{name: value})
     for name, values in _WRITINGS.items()
     for value in values
 } | {f"writing_clutter_{kind}": _style(clutter=(kind,)) for kind in CLUTTER}
