@@ -52,7 +52,8 @@ class Writer:
         name = self.name(leaf)
         if not self.part.ema:
             return self.variables.read(self.variables.get(name, value))
-        current = self.variables.get(name, value * np.float32(0.7) + np.float32(0.05))
+        other = value if self.variables.shapes_only else value * np.float32(0.7) + np.float32(0.05)
+        current = self.variables.get(name, other)
         average = self.variables.get(f"{name}/ema_0.9999", value, trainable=False)
         return self.variables.read(current if self.training else average)
 

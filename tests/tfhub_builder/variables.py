@@ -17,11 +17,11 @@ class Variables:
     """Variables by canonical (DeepMind-like) name.
 
     A value depends on the seed and on the name of what it means ("…/conv0/w", "…/BatchNorm/mean"), never on the style,
-    so that two styles of one architecture hold the same function.
+    so that two styles of one architecture hold the same function. `shapes_only` makes zeros that take no memory.
     """
 
-    def __init__(self, style: Style, seed: int):
-        self.style, self.seed = style, seed
+    def __init__(self, style: Style, seed: int, shapes_only: bool = False):
+        self.style, self.seed, self.shapes_only = style, seed, shapes_only
         self.values: dict[str, np.ndarray] = {}  # by stored name
         self._variables: dict[str, tf.Variable] = {}  # by canonical name
 
@@ -29,6 +29,8 @@ class Variables:
         return np.random.default_rng([self.seed, zlib.crc32(meaning.encode())])
 
     def weight(self, meaning: str, shape: tuple[int, ...], fan_in: int, gain: float) -> np.ndarray:
+        if self.shapes_only:
+            return np.broadcast_to(np.float32(0), shape)
         return self.random(meaning).standard_normal(shape, np.float32) * np.float32(gain / np.sqrt(fan_in))
 
     def vector(self, meaning: str, size: int, low: float, high: float) -> np.ndarray:
@@ -52,7 +54,9 @@ class Variables:
                     use_resource=self.style.variables == "resource",
                 )  # fmt: skip
             assert variable.op.name == name, (variable.op.name, name)
-            self.values[name], self._variables[canonical] = np.ascontiguousarray(value, np.float32), variable
+            self._variables[canonical] = variable
+            zeros = np.broadcast_to(np.float32(0), value.shape)
+            self.values[name] = zeros if self.shapes_only else np.asarray(value, np.float32, order="C")
         return self._variables[canonical]
 
     def read(self, variable: tf.Variable) -> tf.Tensor:
