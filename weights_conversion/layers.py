@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from weights_conversion.algebra import Layer, Poly, equal, make, of_layer, slice_coefficient, squeezed
+from weights_conversion.algebra import Layer, Poly, equal, make, of_layer, order, slice_coefficient, squeezed
 from weights_conversion.errors import ConversionError
 
 
@@ -29,11 +29,7 @@ class LayerTable:
 
     def concat(self, parts: list[Poly], shape: tuple[int, ...], name: str) -> Poly:
         """Along the last axis; constant rows are parts without layers."""
-        flat: list[Poly] = []
-        for part in parts:
-            layer = part.only
-            flat += layer.inputs if layer is not None and layer.kind == "Concat" else [part]
-        return flat[0] if len(flat) == 1 else self.layer("Concat", tuple(flat), shape, name)
+        return parts[0] if len(parts) == 1 else self.layer("Concat", tuple(parts), shape, name)
 
     def slice(self, poly: Poly, low: int, high: int, name: str) -> Poly:
         """Channels low to high."""
@@ -54,7 +50,7 @@ class LayerTable:
             return self.slice(layer.input, layer.low + low, layer.low + high, name)
         if layer.kind == "Dense":  # half a linear layer is a linear layer
             key = (*layer.key, "columns", low, high)
-            return self.layer("Dense", layer.inputs, shape, layer.name, weight=layer.weight[:, low:high], key=key)
+            return self.layer("Dense", layer.inputs, shape, layer.name, weight=layer.weight[:, low:high], shared=layer.shared, key=key)
         if layer.kind == "Add":
             parts = tuple(self.slice(part, low, high, name) for part in layer.inputs)
             return self.layer("Add", parts, shape, layer.name)
@@ -73,7 +69,6 @@ class LayerTable:
 
     def dense(self, poly: Poly, weight: np.ndarray, key: tuple[Any, ...], name: str) -> Poly:
         """[N, K] @ weight [K, M]; rows that meet constants become a constant."""
-        shape = (*poly.shape[:-1], weight.shape[1])
         layer = poly.only
         if layer is not None and layer.kind == "Concat" and any(not part.monomials for part in layer.inputs):
             const, parts, rows, start = np.zeros(weight.shape[1]), [], [], 0
@@ -89,8 +84,13 @@ class LayerTable:
             if parts:
                 kept = np.concatenate([weight[a:b] for a, b in rows])
                 inputs = self.concat(parts, (*poly.shape[:-1], len(kept)), name)
-                return self.dense(inputs, kept, (*key, "rows", *rows), name).shift(const)
-        return self.layer("Dense", (poly,), shape, name, weight=weight, key=key)
+                shared = len(weight) - len(kept)
+                return self._dense(inputs, kept, (*key, "rows", *rows), name, shared).shift(const)
+        return self._dense(poly, weight, key, name)
+
+    def _dense(self, poly: Poly, weight: np.ndarray, key: tuple[Any, ...], name: str, shared: int = 0) -> Poly:
+        shape = (*poly.shape[:-1], weight.shape[1])
+        return self.layer("Dense", (poly,), shape, name, weight=weight, shared=shared, key=key)
 
     def conv(
         self, poly: Poly, kernel: np.ndarray, key: tuple[Any, ...], name: str,
@@ -134,11 +134,12 @@ class LayerTable:
         return make(outer.scale(poly.terms[(layer,)]).shift(poly.const).terms, shape)
 
     def relu(self, poly: Poly, name: str) -> Poly:
-        layer = poly.only
         if not poly.monomials:
             return make({(): np.maximum(poly.const, 0)}, poly.shape)
-        if layer is not None and layer.kind == "Concat":
-            return self.concat([self.relu(part, name) for part in layer.inputs], poly.shape, name)
+        small = [x for x in poly.layers if x.kind == "Upsample" and x.shape == poly.shape]
+        if len(small) == 1 and (inner := small[0].input.only) is not None:  # ReLU first, at a quarter of the cost
+            terms = {order(tuple(inner if x is small[0] else x for x in m)): c for m, c in poly.terms.items()}
+            return self.upsample(self.relu(Poly(terms, inner.shape, poly.hint), name), poly.shape, name)
         return self.layer("Relu", (poly,), poly.shape, name)
 
     # ---- movement of values

@@ -70,7 +70,7 @@ class Module:
         return paths
 
     def _parse(self, path: Path) -> Any:
-        """The MetaGraph without tags: the inference graph of a TF1 hub module."""
+        """The MetaGraph without tags, which is the inference graph of a TF1 hub module; or the only one."""
         tensorflow()
         from google.protobuf.message import DecodeError
         from tensorflow.core.protobuf import saved_model_pb2
@@ -82,9 +82,10 @@ class Module:
             model.ParseFromString(path.read_bytes())
         except DecodeError as error:
             raise ConversionError(f"{path} is no saved model: {error}; download the module anew") from error
-        untagged = [graph for graph in model.meta_graphs if not graph.meta_info_def.tags]
+        graphs = list(model.meta_graphs)
+        untagged = graphs if len(graphs) == 1 else [graph for graph in graphs if not graph.meta_info_def.tags]
         if len(untagged) != 1:
-            tags = [sorted(graph.meta_info_def.tags) for graph in model.meta_graphs]
+            tags = [sorted(graph.meta_info_def.tags) for graph in graphs]
             raise ConversionError(f"{path} should have one graph without tags, as TF1 hub modules do; it has {tags}")
         return untagged[0]
 

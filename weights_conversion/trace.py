@@ -37,10 +37,9 @@ class Tracer:
             source if isinstance(source, Constant) else self._outputs[id(source[0]), source[1]]
             for source in record.inputs
         ]
-        if record.op in ("Input", "Noise"):
-            results = [self.table.layer(record.op, (), record.shapes[0], record.name, key="")]
-            if record.op == "Input":
-                results = [self.table.layer("Input", (), record.shapes[0], record.name, key=record.name)]
+        if record.op in ("Input", "Noise"):  # all noise is alike
+            key = record.name if record.op == "Input" else ""
+            results = [self.table.layer(record.op, (), record.shapes[0], record.name, key=key)]
         else:
             rule = RULES.get(record.op)
             if rule is None:
@@ -130,9 +129,6 @@ class Tracer:
         assert isinstance(x, Poly)
         slope = float(attribute(record.node, "alpha")) if slope is None else slope
         return self.table.layer("LeakyRelu", (x,), x.shape, record.name, slope=round_eps(slope))
-
-    def activation(self, kind: str) -> Callable[..., Poly]:
-        return lambda record, x: self.table.layer(kind, (x,), record.shapes[0], record.name)
 
     def log(self, record: Record, x: Operand, added: float = 0.0) -> Poly:
         """log(1 + exp(p)) is softplus."""

@@ -1,0 +1,120 @@
+"""From a module's layers to the port: configuration and weights of all three networks, or an error."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from bigbigan.config import PARTS, BigBiGANConfig, PreprocessConfig
+from bigbigan.model import BigBiGAN
+from weights_conversion.errors import ConversionError
+from weights_conversion.interpret import Interpreter
+from weights_conversion.match_discriminator import match_discriminator
+from weights_conversion.match_encoder import match_encoder
+from weights_conversion.match_generator import match_generator
+from weights_conversion.module import Module
+from weights_conversion.patterns import State
+from weights_conversion.trace import Tracer
+
+BATCH = 2
+SIGNATURES = {
+    "generate": ({"z"}, {"default", "upsampled"}),
+    "encode": ({"x"}, {"default", "z_sample", "z_mean", "z_stdev", "avepool_feat", "bn_crelu_feat"}),
+    "discriminate": ({"x", "z"}, {"score_x", "score_z", "score_xz"}),
+}
+PART_SIGNATURES = {"generator": "generate", "encoder": "encode", "discriminator": "discriminate"}
+
+
+@dataclass
+class Match:
+    """The port with a module's weights, and what was worth telling on the way."""
+
+    model: BigBiGAN
+    default_output: str  # what `default` of the module's `encode` is
+    dropped: set[str] = field(default_factory=set)  # nodes on control edges
+
+
+def trace(module: Module, signature: str) -> tuple[Tracer, dict[str, object], Interpreter]:
+    """Layers of a signature and its outputs' values, from one run on random inputs."""
+    interpreter = Interpreter(module, lambda shape: random_inputs(shape, 1))
+    values = interpreter.run(signature, feeds(module, signature, BATCH))
+    return Tracer(interpreter.records), dict(values), interpreter
+
+
+def feeds(module: Module, signature: str, batch: int, seed: int = 0) -> dict[str, np.ndarray]:
+    """Random inputs: latents from N(0, 1), images uniform in [-1, 1]."""
+    result = {}
+    for name, shape in module.signatures[signature].shapes.items():
+        if any(n is None or not 0 < n <= 4096 for n in shape[1:]) or len(shape) not in (2, 4):
+            raise ConversionError(f"signature {signature!r}: input {name!r} has shape {shape}")
+        values = random_inputs((batch, *(n or 0 for n in shape[1:])), seed)
+        result[name] = np.tanh(values) if len(shape) == 4 else values
+    return result
+
+
+def random_inputs(shape: tuple[int, ...], seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape, np.float32)
+
+
+def check_signatures(module: Module) -> None:
+    """Raises ConversionError unless the module has BigBiGAN's signatures, inputs and outputs."""
+    for name, (inputs, outputs) in SIGNATURES.items():
+        if name not in module.signatures:
+            raise ConversionError(
+                f"{module.folder} has no signature {name!r}; it has {', '.join(module.signatures) or 'none'}"
+            )
+        found = module.signatures[name]
+        for kind, wanted, names in (("inputs", inputs, found.inputs), ("outputs", outputs, found.outputs)):
+            if set(names) != wanted:
+                raise ConversionError(f"signature {name!r} has {kind} {sorted(names)}; BigBiGAN's are {sorted(wanted)}")
+        if set(found.shapes) != inputs:
+            raise ConversionError(f"signature {name!r}: the shapes of its inputs are unknown")
+
+
+def match(module: Module) -> Match:
+    """The whole model with the module's weights.
+
+    Raises:
+        ConversionError: something in the graph that the port does not express; it names the node and its neighbours.
+    """
+    check_signatures(module)
+    configs: dict[str, object] = {}
+    states: dict[str, State] = {}
+    default, dropped = "", set()
+    for part, signature in PART_SIGNATURES.items():
+        tracer, values, interpreter = trace(module, signature)
+        dropped |= interpreter.dropped
+        outputs = {name: tracer.poly(value) for name, value in values.items()}  # type: ignore[arg-type]
+        state = states[part] = State()
+        try:
+            if part == "generator":
+                configs[part] = match_generator(outputs, tracer.table, state)
+            elif part == "encoder":
+                found = match_encoder(outputs, tracer.table, state)
+                configs[part], default = found.config, found.default
+            else:
+                configs[part] = match_discriminator(outputs, tracer.table, state)
+        except ConversionError as error:
+            raise ConversionError(f"signature {signature!r}: {error}") from error
+    resolution = configs["encoder"].resolution  # type: ignore[attr-defined]
+    config = BigBiGANConfig(**configs, preprocess=PreprocessConfig(resolution))  # type: ignore[arg-type]
+    return Match(_fill(config, states), default, dropped)
+
+
+def _fill(config: BigBiGANConfig, states: dict[str, State]) -> BigBiGAN:
+    with torch.device("meta"):
+        model = BigBiGAN(config)
+    for part in PARTS:
+        network, state = getattr(model, part), states[part].tensors
+        wanted = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+        found = {name: tuple(tensor.shape) for name, tensor in state.items()}
+        if wanted != found:
+            differing = sorted(set(wanted.items()) ^ set(found.items()))[:6]
+            raise ConversionError(f"{part}: weights found do not fill the port: {differing}")
+        for name, tensor in state.items():
+            if not torch.isfinite(tensor).all():
+                raise ConversionError(f"{part}: {name} is not finite")
+        network.load_state_dict(state, strict=True, assign=True)
+    return model.eval()
