@@ -68,7 +68,8 @@ def test_variants_show_every_value_of_every_choice() -> None:
                 yield f"{type(owner).__name__}.{field.name}", value
 
     shown = {pair for module in variants.VARIANTS.values() for pair in flatten(module)}
-    for cls in (spec.MLPSpec, spec.GeneratorSpec, spec.EncoderSpec, spec.DiscriminatorSpec, spec.Style):
+    networks = (spec.MLPSpec, spec.GeneratorSpec, spec.EncoderSpec, spec.DiscriminatorSpec)
+    for cls in (*networks, spec.ModuleSpec, spec.Style):
         for name, hint in typing.get_type_hints(cls).items():
             values = (True, False) if hint is bool else typing.get_args(hint) if "Literal" in str(hint)[:16] else ()
             for value in values:
@@ -110,11 +111,10 @@ def test_variant_runs(tfhub: SimpleNamespace, plain: SimpleNamespace, tmp_path: 
     feeds, noise = tfhub.module.random_feeds(module, 3)
     outputs = tfhub.module.run_references(built.folder, feeds, noise, module.tags)
     check_outputs(module, outputs, 3)
-    same = dataclasses.replace(module, style=plain.spec.style, tags=()) == plain.spec
-    if same and module.style.latent == "split":  # another way of writing the same function
+    if dataclasses.replace(module, style=plain.spec.style, tags=()) == plain.spec:  # another way of writing the same
         for signature, values in outputs.items():
             for key, value in values.items():
-                np.testing.assert_allclose(value, plain.outputs[signature][key], rtol=1e-3, atol=1e-4)
+                np.testing.assert_allclose(value, plain.outputs[signature][key], rtol=1e-4, atol=2e-5)
 
 
 @pytest.mark.slow
@@ -124,20 +124,22 @@ def test_every_variable_matters_as_it_should(tfhub: SimpleNamespace, plain: Simp
     v1 = tf.compat.v1
     with tf.Graph().as_default() as graph, v1.Session(graph=graph) as session:
         meta = v1.saved_model.loader.load(session, [], str(plain.folder))
-        fetches = []
+        fetches = {}
         for name in ("generate", "encode", "discriminate"):
             definition = meta.signature_def[name]
-            fetches += [graph.get_tensor_by_name(info.name) for info in definition.outputs.values()]
-            feeds |= {definition.inputs[key].name: value for key, value in plain.feeds[name].items()}
-        (noise,) = tfhub.module.noise_tensors(graph, fetches)
-        feeds[noise] = plain.noise
-        before = session.run(fetches, feeds)
+            fetches[name] = [graph.get_tensor_by_name(info.name) for info in definition.outputs.values()]
+            feeds |= {definition.inputs[key].name: value[:1] for key, value in plain.feeds[name].items()}
+        (noise,) = tfhub.module.noise_tensors(graph, fetches["encode"])
+        feeds[noise] = plain.noise[:1]
+        before = {name: session.run(tensors, feeds) for name, tensors in fetches.items()}
         variables = {variable.op.name: variable for variable in v1.global_variables()}
         for name, variable in variables.items():
+            reader = {"Ge": "generate", "En": "encode"}.get(name.removeprefix("GenEncWrapper/")[:2], "discriminate")
             value = session.run(variable)
             changed = value + np.random.default_rng(0).uniform(0.1, 0.5, value.shape) * (1 + np.abs(value))
             variable.load(changed.astype(np.float32), session)
-            moved = max(np.abs(a - b).max() for a, b in zip(session.run(fetches, feeds), before, strict=True))
+            after = session.run(fetches[reader], feeds)
+            moved = max(np.abs(a - b).max() for a, b in zip(after, before[reader], strict=True))
             variable.load(value, session)
             dead = f"{name}/ema_0.9999" in variables
             assert moved == 0 if dead else moved > 1e-5, f"{name} moves the outputs by {moved}"
@@ -150,7 +152,6 @@ LIVE = {  # hostile module -> what TensorFlow would do with it
     "write_file_on_control_edge": "run",
     "save_on_control_edge": "run",
     "function_writes_file": "run",
-    "py_func": "run",
 }
 
 

@@ -139,7 +139,7 @@ def encoder(w: Writer, x: Tensor) -> dict[str, Tensor]:
             mean = tf.tanh(mean) if spec.output == "tanh" else mean
             stdev, sample = tf.zeros_like(mean), tf.identity(mean)
         else:
-            if w.style.latent == "two":
+            if spec.latent == "two":
                 mean, raw_stdev = w.linear("latent_mean", h, z_dim), w.linear("latent_stdev", h, z_dim)
             else:
                 mean, raw_stdev = w.split(w.linear("latent", h, 2 * z_dim), (z_dim, z_dim))

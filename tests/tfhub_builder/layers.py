@@ -84,7 +84,7 @@ class Writer:
             flat = weight if transposed else tf.transpose(tf.reshape(weight, [-1, outputs]))  # [out, in * k * k]
 
             def normalize(v: Tensor) -> Tensor:
-                if self.style.spectral_norm_form == "rsqrt_maximum":
+                if self.spec.spectral_norm_form == "rsqrt_maximum":
                     return v * tf.math.rsqrt(tf.maximum(tf.reduce_sum(tf.square(v)), eps))
                 return v / (tf.sqrt(tf.reduce_sum(v**2)) + eps)
 

@@ -71,6 +71,7 @@ def write_meta_graph(
             v1.enable_control_flow_v2() if control_flow else v1.disable_control_flow_v2()
         if spec.style.dead_code:
             write_dead_code(signatures)
+            variables.values["global_step"] = np.int64(500_000)
         if spec.style.assets:
             write_asset(folder)
         meta = v1.train.export_meta_graph(graph=graph, clear_devices=True)

@@ -61,6 +61,7 @@ class EncoderSpec:
     head: MLPSpec = MLPSpec(width=32)
     output: Literal["stochastic", "deterministic", "tanh"] = "stochastic"
     default_output: Literal["z_sample", "z_mean"] = "z_sample"
+    latent: Literal["split", "two"] = "split"  # one linear split into mean and deviation, or two linears
     stem_padding: Literal["explicit", "same"] = "explicit"
     strided_padding: Literal["explicit", "same"] = "explicit"
     pool_padding: Literal["zero", "ignore", "same"] = "zero"
@@ -115,7 +116,6 @@ class Style:
     class_broadcast: Literal["fill_matmul", "tile", "gather", "constant_row"] = "fill_matmul"
     gain: Literal["one_plus", "plus_one"] = "one_plus"
     softplus: Literal["op", "log1p_exp", "log_one_plus_exp"] = "op"
-    latent: Literal["split", "two"] = "split"  # one linear split in two, or two linears
     noise: Literal["random_normal", "raw", "tfp"] = "random_normal"
     crelu: Literal["two_relus", "concat_first"] = "two_relus"
     score: Literal["squeeze", "reshape", "slice"] = "squeeze"
@@ -131,7 +131,6 @@ class Style:
     train_graph: bool = False  # a second MetaGraph tagged "train"
     shared_encode: bool = True  # `default` is an output of the graph of `encode`; else a graph of its own
     assets: bool = False
-    spectral_norm_form: Literal["eps_added", "rsqrt_maximum"] = "eps_added"
     dead_code: bool = False  # losses, summaries' inputs and optimiser-like nodes that no signature reaches
 
 
@@ -144,6 +143,8 @@ class ModuleSpec:
     discriminator: DiscriminatorSpec = DiscriminatorSpec()
     style: Style = Style()
     spectral_norm_eps: float = 1e-4
+    # v / (|v| + eps), or v / sqrt(max(|v|^2, eps))
+    spectral_norm_form: Literal["eps_added", "rsqrt_maximum"] = "eps_added"
     stdev_offset: float = 0.0  # outside the known family: softplus(x) + offset
     sample_activation: bool = False  # outside the known family: tanh on z_sample alone
     attention_scale: float = 1.0  # outside the known family unless 1: factor on the attention logits

@@ -57,6 +57,7 @@ class Variables:
             self._variables[canonical] = variable
             zeros = np.broadcast_to(np.float32(0), value.shape)
             self.values[name] = zeros if self.shapes_only else np.asarray(value, np.float32, order="C")
+            assert variable.shape == self.values[name].shape, name
         return self._variables[canonical]
 
     def read(self, variable: tf.Variable) -> tf.Tensor:

@@ -59,6 +59,7 @@ ARCHITECTURES: dict[str, ModuleSpec] = {
     "deterministic": _encoder(output="deterministic"),
     "tanh_latents": _encoder(output="tanh"),
     "default_z_mean": _encoder(default_output="z_mean"),
+    "latent_two": _encoder(latent="two"),
     "leaky_relu": LEAKY,
     "mlp_post": _mlps(order="post"),
     "mlp_norm": _mlps(norm="batch"),
@@ -92,6 +93,7 @@ ARCHITECTURES: dict[str, ModuleSpec] = {
     "discriminator_ema": _discriminator(ema=True),
     "no_spectral_norm": _discriminator(_generator(spectral_norm=False), spectral_norm=False),
     "spectral_norm_eps_1e-12": replace(PLAIN, spectral_norm_eps=1e-12),
+    "spectral_norm_rsqrt": replace(PLAIN, spectral_norm_form="rsqrt_maximum"),
     "tagged": replace(PLAIN, tags=("serve",)),
     "64_pixels": _discriminator(
         _generator(resolution=64, z_chunks=(4,) * 5, attention_resolution=64, upsampled_size=128),
@@ -126,7 +128,6 @@ _WRITINGS: dict[str, tuple[Any, ...]] = {
     "class_broadcast": ("tile", "gather", "constant_row"),
     "gain": ("plus_one",),
     "softplus": ("log1p_exp", "log_one_plus_exp"),
-    "latent": ("two",),
     "noise": ("raw", "tfp"),
     "crelu": ("concat_first",),
     "score": ("reshape", "slice"),
@@ -141,7 +142,6 @@ _WRITINGS: dict[str, tuple[Any, ...]] = {
     "train_graph": (True,),
     "shared_encode": (False,),
     "assets": (True,),
-    "spectral_norm_form": ("rsqrt_maximum",),
     "dead_code": (True,),
 }
 _BASES = {"leaky_relu": LEAKY, "condition": _style(branch="switch")}
