@@ -401,3 +401,9 @@ def _same_dtype(record: Record, x: Poly) -> Poly:
     if attribute(record.node, "DstT") != tensorflow().float32:
         raise ConversionError("a cast away from float32")
     return x
+
+
+def describe_records(tracer: Tracer, values: dict[str, Any]) -> list[str]:
+    """Layers and outputs, one line each."""
+    lines = [f"  {layer}  ({layer.name})" for layer in tracer.table.layers]
+    return lines + [f"  -> {name} = {tracer.poly(value)}" for name, value in values.items()]

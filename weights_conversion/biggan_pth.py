@@ -1,0 +1,230 @@
+"""Third-party generator checkpoints (`BigBiGAN_x1.pth` of BigGANsAreWatching and pytorch-pretrained-gans).
+
+Layout: the state dict of a 1000-class BigGAN whose rows of `shared.weight` are all the one class vector.
+`blocks.{i}.0.{conv1,conv2,conv_sc}`, `blocks.{i}.0.{bn1,bn2}.{gain,bias}.weight` on [class vector, z chunk],
+`blocks.{i}.1.{theta,phi,g,o}` and `gamma`, `linear` (to C x 4 x 4, in this order), `output_layer.0` (batch norm) and
+`output_layer.2`. Weights are divided by sigma = v W u of one power iteration from `u0`, both vectors normalised with
+eps 1e-4, as that code does at every evaluation; batch norms have eps 1e-4 and statistics `stored_mean`, `stored_var`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from bigbigan import __version__
+from bigbigan.config import GENERATOR_CHANNELS, BigBiGANConfig, GeneratorConfig, ModelInfo, PreprocessConfig
+from bigbigan.model import BigBiGAN
+from weights_conversion.errors import ConversionError
+
+EPS = 1e-4  # of spectral norm and batch norm alike
+MIN_TORCH = (2, 10)  # earlier versions can be made to run code by a file even with weights_only
+MAX_BYTES = 4 << 30
+TIMEOUT = 600
+CLASSES = 1000
+
+
+def convert_checkpoint(path: Path, output: Path) -> Path:
+    """Writes a model folder with the generator alone, and returns it.
+
+    Raises:
+        ConversionError: the file is no such checkpoint; nothing is written then.
+        FileNotFoundError: there is no such file.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    config, state = match_checkpoint(read_checkpoint(path))
+    info = ModelInfo(
+        path.stem,
+        "unknown: see where the checkpoint comes from",
+        f"converted from the third-party generator checkpoint {path.name}",
+        {
+            "sha256": {path.name: hashlib.sha256(path.read_bytes()).hexdigest()},
+            "versions": {"bigbigan": __version__, "torch": torch.__version__},
+        },
+    )
+    whole = BigBiGANConfig(config, None, None, PreprocessConfig(config.resolution))
+    with torch.device("meta"):
+        model = BigBiGAN(whole, info=info)
+    model.part("generator").load_state_dict(state, strict=True, assign=True)
+    model.eval().save(output)
+    return output
+
+
+def read_checkpoint(path: Path) -> dict[str, Tensor]:
+    """The tensors of a .pth file, as float32; unpickled in a child process that passes them on as safetensors.
+
+    Raises:
+        ConversionError: it is none, or holds anything but tensors, or torch is older than 2.10.
+    """
+    if path.stat().st_size > MAX_BYTES:
+        raise ConversionError(f"{path} has more than {MAX_BYTES} bytes; the generator has about 300 million")
+    with tempfile.TemporaryDirectory(prefix="bigbigan-") as folder:
+        target = Path(folder) / "tensors.safetensors"
+        command = [sys.executable, "-m", "weights_conversion.biggan_pth", str(path.resolve()), str(target)]
+        try:
+            child = subprocess.run(
+                command, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=TIMEOUT, check=False
+            )
+        except subprocess.TimeoutExpired as error:
+            raise ConversionError(f"{path} took more than {TIMEOUT} seconds to read") from error
+        if child.returncode:
+            lines = [line for line in child.stderr.splitlines() if line.strip()]
+            raise ConversionError(f"{path} cannot be read: {' '.join(lines[-3:])[:600]}")
+        try:
+            return load_file(target)
+        except (SafetensorError, OSError) as error:
+            raise ConversionError(f"{path} cannot be read: {error}") from error
+
+
+def _child(source: str, target: str) -> None:
+    """Runs in the child process."""
+    version = tuple(int(n) for n in re.findall(r"\d+", torch.__version__)[:2])
+    if version < MIN_TORCH:
+        raise SystemExit(f"reading .pth files needs torch {'.'.join(map(str, MIN_TORCH))} or newer, not {version}")
+    loaded = torch.load(source, map_location="cpu", weights_only=True)
+    if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
+        raise SystemExit("it holds no plain state dict: a dictionary of tensors")
+    save_file({str(key): value.detach().float().contiguous().clone() for key, value in loaded.items()}, target)
+
+
+def match_checkpoint(tensors: dict[str, Tensor]) -> tuple[GeneratorConfig, dict[str, Tensor]]:
+    """Configuration and state dict of `bigbigan.generator.Generator`, any width.
+
+    Raises:
+        ConversionError: a tensor is missing, left over, or of an unexpected shape.
+    """
+    return _Checkpoint(tensors).match()
+
+
+@dataclass
+class _Checkpoint:
+    tensors: dict[str, Tensor]
+    state: dict[str, Tensor] = field(default_factory=dict)
+    used: set[str] = field(default_factory=set)
+
+    def match(self) -> tuple[GeneratorConfig, dict[str, Tensor]]:
+        shared = self._class_vector()
+        count = len({m[1] for key in self.tensors if (m := re.match(r"blocks\.(\d+)\.0\.", key))})
+        sides = {len(table) - 1: side for side, table in GENERATOR_CHANNELS.items()}
+        if count not in sides:
+            raise ConversionError(f"the checkpoint has {count} generator blocks; known are {sorted(sides)}")
+        self._seed()
+        chunks = [self.state["seed.weight"].shape[1]]
+        attended = [i for i in range(count) if f"blocks.{i}.1.gamma" in self.tensors]
+        if len(attended) > 1:
+            raise ConversionError(f"the checkpoint has attention in blocks {attended}; one at most is known")
+        for i in range(count):
+            chunks.append(self._block(i, shared))
+        for i in attended:
+            for name in ("theta", "phi", "g", "o"):
+                self._put(f"attention.{name}.weight", self._normalized(f"blocks.{i}.1.{name}"))
+            self._put("attention.gamma", self._take(f"blocks.{i}.1.gamma").reshape(()))
+        self._norm("norm", "output_layer.0")
+        self._put("norm.weight", self._take("output_layer.0.gain"))
+        self._put("norm.bias", self._take("output_layer.0.bias"))
+        self._layer("conv", "output_layer.2")
+        ignored = {key for key in self.tensors if key.endswith(".sv0")}  # a log of sigma, never read
+        if left := sorted(set(self.tensors) - self.used - ignored):
+            raise ConversionError(f"the checkpoint holds {len(left)} more tensors, such as {', '.join(left[:5])}")
+        return self._config(sides[count], chunks, attended, len(shared)), self.state
+
+    def _config(self, side: int, chunks: list[int], attended: list[int], shared: int) -> GeneratorConfig:
+        table = GENERATOR_CHANNELS[side]
+        conv = self.state["conv.weight"]
+        config = GeneratorConfig(
+            resolution=side,  # type: ignore[arg-type]
+            image_channels=conv.shape[0],
+            base_channels=conv.shape[1] // table[-1],
+            z_chunks=tuple(chunks),
+            shared_dim=shared,
+            attention_resolution=8 << attended[0] if attended else 0,
+            bn_eps=EPS,
+            upsample_size=2 * side,
+        )
+        from bigbigan.generator import Generator
+
+        with torch.device("meta"):
+            wanted = {key: tuple(t.shape) for key, t in Generator(config).state_dict().items()}
+        found = {key: tuple(t.shape) for key, t in self.state.items()}
+        if differing := sorted(set(wanted.items()) ^ set(found.items())):
+            raise ConversionError(f"the checkpoint does not fill a generator of its widths: {differing[:6]}")
+        return config
+
+    def _take(self, key: str) -> Tensor:
+        if key not in self.tensors:
+            raise ConversionError(f"the checkpoint lacks {key}; it has {', '.join(sorted(self.tensors)[:5])}, …")
+        self.used.add(key)
+        value = self.tensors[key]
+        if not torch.isfinite(value).all():
+            raise ConversionError(f"{key} holds values that are not finite")
+        return value.double()
+
+    def _put(self, key: str, value: Tensor) -> None:
+        self.state[key] = value.float().contiguous()
+
+    def _normalized(self, name: str) -> Tensor:
+        """The weight over sigma."""
+        weight, u = self._take(f"{name}.weight"), self._take(f"{name}.u0")
+        matrix = weight.flatten(1)
+        if u.shape != (1, len(matrix)):
+            raise ConversionError(f"{name}.u0 is {list(u.shape)}; expected [1, {len(matrix)}]")
+        v = F.normalize(u @ matrix, eps=EPS)
+        u = F.normalize(v @ matrix.t(), eps=EPS)
+        sigma = (v @ matrix.t() @ u.t()).squeeze()
+        if not sigma > 0:
+            raise ConversionError(f"{name} has a largest singular value of {float(sigma):g}")
+        return weight / sigma
+
+    def _layer(self, name: str, key: str) -> None:
+        self._put(f"{name}.weight", self._normalized(key))
+        self._put(f"{name}.bias", self._take(f"{key}.bias"))
+
+    def _norm(self, name: str, key: str) -> None:
+        self._put(f"{name}.running_mean", self._take(f"{key}.stored_mean"))
+        self._put(f"{name}.running_var", self._take(f"{key}.stored_var"))
+
+    def _class_vector(self) -> Tensor:
+        rows = self._take("shared.weight")
+        if rows.ndim != 2 or len(rows) != CLASSES or not torch.equal(rows, rows[:1].expand_as(rows)):
+            raise ConversionError(
+                f"shared.weight is {list(rows.shape)} and its rows differ: this is a class-conditional BigGAN's "
+                f"checkpoint; BigBiGAN's has {CLASSES} equal rows"
+            )
+        return rows[0]
+
+    def _seed(self) -> None:
+        weight, bias = self._normalized("linear"), self._take("linear.bias")
+        self._put("seed.weight", weight.unflatten(0, (-1, 4, 4)).permute(1, 2, 0, 3).flatten(0, 2))
+        self._put("seed.bias", bias.unflatten(0, (-1, 4, 4)).permute(1, 2, 0).flatten())
+
+    def _block(self, i: int, shared: Tensor) -> int:
+        """Writes a block; the size of its chunk of z."""
+        key, name = f"blocks.{i}.0", f"blocks.{i}"
+        self._layer(f"{name}.conv1.conv", f"{key}.conv1")
+        self._layer(f"{name}.conv2", f"{key}.conv2")
+        self._layer(f"{name}.shortcut", f"{key}.conv_sc")
+        chunk = 0
+        for norm, bn in (("norm1", "bn1"), ("norm2", "bn2")):
+            self._norm(f"{name}.{norm}.norm", f"{key}.{bn}")
+            for ours, theirs in (("gain", "gain"), ("offset", "bias")):
+                weight = self._normalized(f"{key}.{bn}.{theirs}")  # on [class vector, z chunk]
+                chunk = weight.shape[1] - len(shared)
+                self._put(f"{name}.{norm}.{ours}.linear.weight", weight[:, len(shared) :])
+                self._put(f"{name}.{norm}.{ours}.linear.bias", weight[:, : len(shared)] @ shared)
+        return chunk
+
+
+if __name__ == "__main__":
+    _child(*sys.argv[1:])
