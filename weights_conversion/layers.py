@@ -158,10 +158,12 @@ class LayerTable:
             shape[-1:] == poly.shape[-1:] or all(c.ndim == 0 for c in poly.terms.values())
         ):
             return Poly(poly.terms, shape, poly.hint)
-        if len(shape) == len(poly.shape) == 4 and shape == doubled(poly.shape):
-            source = np.arange(np.prod(poly.shape)).reshape(poly.shape)
-            if (index == source.repeat(2, axis=1).repeat(2, axis=2)).all():
-                return self.upsample(poly, shape, name)
+        if len(shape) == 4 and not (shape[1] % 2 or shape[2] % 2):
+            small = (shape[0], shape[1] // 2, shape[2] // 2, shape[3])
+            if squeezed(small) == squeezed(poly.shape):
+                source = np.arange(np.prod(small)).reshape(small)
+                if (index == source.repeat(2, axis=1).repeat(2, axis=2)).all():
+                    return self.upsample(Poly(poly.terms, small, poly.hint), shape, name)
         key = (name, hash(index.tobytes()))
         return self.layer("Move", (poly,), shape, name, index=index, ordered=ordered, key=key)
 
