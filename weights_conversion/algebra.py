@@ -176,5 +176,5 @@ def vector(c: Coefficient | float, size: int) -> np.ndarray:
 
 
 def squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Without axes of one, the batch axis aside."""
-    return (shape[0], *(n for n in shape[1:] if n != 1)) if shape else ()
+    """Without axes of one; a trace has more than one image."""
+    return tuple(n for n in shape if n != 1)

@@ -127,7 +127,7 @@ def _info(source: Source, module: Module, matched: Match, differences: list[Diff
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
         "encode_default_output": matched.default_output,
         "differs_from_preset": _differing(source.name, matched),
-        "unused_variables": len(module.variables.keys() - module.variables.used),
+        "unused_variables": module.variables.check_unused(),
         "dropped_control_inputs": len(matched.dropped),
         "differences": [
             {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 import numpy as np
@@ -159,12 +160,10 @@ class LayerTable:
         ):
             return Poly(poly.terms, shape, poly.hint)
         if len(shape) == 4 and not (shape[1] % 2 or shape[2] % 2):
-            small = (shape[0], shape[1] // 2, shape[2] // 2, shape[3])
-            if squeezed(small) == squeezed(poly.shape):
-                source = np.arange(np.prod(small)).reshape(small)
-                if (index == source.repeat(2, axis=1).repeat(2, axis=2)).all():
-                    return self.upsample(Poly(poly.terms, small, poly.hint), shape, name)
-        key = (name, hash(index.tobytes()))
+            small = index[:, ::2, ::2]
+            if (index == small.repeat(2, axis=1).repeat(2, axis=2)).all():
+                return self.upsample(self.move(poly, small, name), shape, name)
+        key = hashlib.sha256(np.ascontiguousarray(index).tobytes()).hexdigest()
         return self.layer("Move", (poly,), shape, name, index=index, ordered=ordered, key=key)
 
 

@@ -172,11 +172,21 @@ class Variables:
         Raises:
             ConversionError: it is not in the bundle, or damaged.
         """
-        tf = tensorflow()
         key = self.restored.get(node, name if name in self.keys() else node)
         if key not in self.keys():
             raise ConversionError(f"variable {key!r} (node {node!r}) is not in {self.prefix}.index")
         self.used.add(key)
+        return self._tensor(key)
+
+    def check_unused(self) -> int:
+        """Reads the variables that nothing asked for, so that damage anywhere is found; how many they are."""
+        unused = self.keys() - self.used
+        for key in sorted(unused):
+            self._tensor(key)
+        return len(unused)
+
+    def _tensor(self, key: str) -> np.ndarray:
+        tf = tensorflow()
         try:
             value = np.asarray(self._reader.get_tensor(key))
         except (tf.errors.OpError, RuntimeError, ValueError) as error:
