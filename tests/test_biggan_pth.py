@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from pathlib import Path
 
@@ -36,7 +37,7 @@ def checkpoint(seed: int = 0) -> dict[str, Tensor]:
 
     state["shared.weight"] = torch.randn(1, SHARED, generator=g).repeat(1000, 1)
     layer("linear", CHANNELS[0] * 16, CHUNK)
-    for i, (a, b) in enumerate(zip(CHANNELS, CHANNELS[1:], strict=False)):
+    for i, (a, b) in enumerate(itertools.pairwise(CHANNELS)):
         layer(f"blocks.{i}.0.conv1", b, a, 3, 3)
         layer(f"blocks.{i}.0.conv2", b, b, 3, 3)
         layer(f"blocks.{i}.0.conv_sc", b, a, 1, 1)

@@ -40,7 +40,9 @@ def good(tfhub: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 def port(model: bigbigan.BigBiGAN, signature: str, given: dict[str, np.ndarray], noise: np.ndarray) -> dict[str, Any]:
     """The public interface's outputs under the module's names, channels last."""
-    tensors = {k: torch.from_numpy(v).permute(0, 3, 1, 2) if v.ndim == 4 else torch.from_numpy(v) for k, v in given.items()}
+    tensors = {
+        k: torch.from_numpy(v).permute(0, 3, 1, 2) if v.ndim == 4 else torch.from_numpy(v) for k, v in given.items()
+    }
     if signature == "generate":
         small, large = (model.generate(tensors["z"], upsample=up) for up in (False, True))
         return {"default": small.permute(0, 2, 3, 1), "upsampled": large.permute(0, 2, 3, 1)}
@@ -72,7 +74,11 @@ def check_config(spec: ModuleSpec, config: bigbigan.config.BigBiGANConfig) -> No
     """What the specification says is what was found; the fields have the same names but for a few."""
     g, e, d = config.generator, config.encoder, config.discriminator
     for found, asked, renamed in (
-        (g, spec.generator, {"upsample_mode": "upsampled", "upsample_size": "upsampled_size", "shared_dim": "class_dim"}),
+        (
+            g,
+            spec.generator,
+            {"upsample_mode": "upsampled", "upsample_size": "upsampled_size", "shared_dim": "class_dim"},
+        ),
         (e, spec.encoder, {"shortcut": "" if spec.encoder.architecture == "revnet" else "shortcut"}),
         (d, spec.discriminator, {"combine": "", "z_mlp": "", "joint_mlp": ""}),
     ):
@@ -133,9 +139,15 @@ def test_batch_norms_keep_their_statistics(good: Path, tmp_path: Path) -> None:
 
     found = 0
     norms = {name: m for name, m in model.named_modules() if isinstance(m, bigbigan.layers.BatchNorm)}
-    for name in (key.rpartition("/")[0] for key in reader.get_variable_to_shape_map() if key.endswith("accumulated_var")):
+    for name in (
+        key.rpartition("/")[0] for key in reader.get_variable_to_shape_map() if key.endswith("accumulated_var")
+    ):
         var = stored(name, "accumulated_var") / stored(name, "accumulation_counter")
-        equal = [m for m in norms.values() if m.running_var.shape == var.shape and torch.allclose(m.running_var, var, rtol=1e-4)]
+        equal = [
+            m
+            for m in norms.values()
+            if m.running_var.shape == var.shape and torch.allclose(m.running_var, var, rtol=1e-4)
+        ]
         assert len(equal) == 1, name
         if "Encoder" in name:
             mean = stored(name, "accumulated_mean") / stored(name, "accumulation_counter")
@@ -165,7 +177,9 @@ def test_hostile_modules(name: str, tfhub: SimpleNamespace, good: Path, tmp_path
         except ConversionError:
             assert made.expect == "not_run" and not output.exists()
         else:
-            check_outputs(tfhub, variants.PLAIN, path if path.is_dir() and made.expect == "consistent" else good, converted)
+            check_outputs(
+                tfhub, variants.PLAIN, path if path.is_dir() and made.expect == "consistent" else good, converted
+            )
     assert not tfhub.hostile.marker(path).exists()
     assert [entry.name for entry in tmp_path.iterdir()] in ([], ["out"])
 

@@ -16,7 +16,9 @@ def main(arguments: list[str] | None = None) -> int:
         description="Convert DeepMind's BigBiGAN TF-Hub modules, or a third-party generator checkpoint (.pth).",
         epilog="Exit codes: 0 done, 1 refused (nothing written), 2 wrong usage or no such source.",
     )
-    parser.add_argument("source", help="bigbigan-resnet50, bigbigan-revnet50x4, a module's folder or .tar.gz, or a .pth")
+    parser.add_argument(
+        "source", help="bigbigan-resnet50, bigbigan-revnet50x4, a module's folder or .tar.gz, or a .pth"
+    )
     parser.add_argument("-o", "--output", metavar="FOLDER", help="model folder (default: where `load(NAME)` finds it)")
     parser.add_argument("--image", metavar="FILE", action="append", default=[], type=Path,
                         help="compare on this picture too; may be repeated")  # fmt: skip

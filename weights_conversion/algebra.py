@@ -101,9 +101,7 @@ class Poly:
 
     def key(self) -> tuple[Any, ...]:
         """Equal for equal polynomials."""
-        return tuple(
-            sorted((tuple(layer.number for layer in m), c.shape, c.tobytes()) for m, c in self.terms.items())
-        )
+        return tuple(sorted((tuple(layer.number for layer in m), c.shape, c.tobytes()) for m, c in self.terms.items()))
 
     def __add__(self, other: Poly) -> Poly:
         terms = dict(self.terms)
@@ -173,6 +171,11 @@ def slice_coefficient(c: Coefficient, low: int, high: int) -> Coefficient:
 def vector(c: Coefficient | float, size: int) -> np.ndarray:
     """[size] float64."""
     return np.broadcast_to(np.asarray(c, np.float64), (size,)).copy()
+
+
+def decimal(value: float) -> float:
+    """A float32 as the decimal it was written as."""
+    return float(str(np.float32(value)))
 
 
 def squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:

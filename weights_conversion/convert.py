@@ -20,7 +20,6 @@ from weights_conversion.download import Source, located
 from weights_conversion.errors import ConversionError, tensorflow
 from weights_conversion.match import PART_SIGNATURES, Match, check_signatures, match, trace
 from weights_conversion.module import Module
-from weights_conversion.trace import describe_records
 from weights_conversion.verify import Difference, table, verify
 
 logger = logging.getLogger(__name__)
@@ -69,11 +68,13 @@ def inspect(source: str | Path, report: Callable[[str], None]) -> None:
         for name, signature in module.signatures.items():
             report(f"signature {name}: {', '.join(signature.inputs)} -> {', '.join(signature.outputs)}")
         check_signatures(module)
-        for signature in PART_SIGNATURES.values():
-            tracer, values, interpreter = trace(module, signature)
-            report(f"\n{signature}: {len(interpreter.records)} operations on data, {len(tracer.table.layers)} layers")
-            for line in describe_records(tracer, values):
-                report(line)
+        for name in PART_SIGNATURES.values():
+            tracer, values, interpreter = trace(module, name)
+            report(f"\n{name}: {len(interpreter.records)} operations on data, {len(tracer.table.layers)} layers")
+            for layer in tracer.table.layers:
+                report(f"  {layer}  ({layer.name})")
+            for output, value in values.items():
+                report(f"  -> {output} = {tracer.poly(value)}")
             if interpreter.dropped:
                 report(f"  dropped, on control edges: {', '.join(sorted(interpreter.dropped)[:20])}")
 

@@ -28,6 +28,7 @@ from weights_conversion.operations import (
 MAX_STEPS, MAX_DEPTH = 500_000, 32
 SMALL = 1 << 16  # constants up to this size remember what they were computed from
 CALLS = ("PartitionedCall", "StatefulPartitionedCall")
+LEAVES = ("Const", "VarHandleOp", "VariableV2", "Variable", "ReadVariableOp", "ResourceGather", "Placeholder")
 BRANCHES = ("If", "StatelessIf")
 
 Noise = Callable[[tuple[int, ...]], np.ndarray]
@@ -223,7 +224,7 @@ class Interpreter:
             return self._call(node, node.attr["f"].func.name, inputs, depth)
         if node.op in self.module.functions:
             return self._call(node, node.op, inputs, depth)
-        if node.op in ("Const", "VarHandleOp", "VariableV2", "Variable", "ReadVariableOp", "ResourceGather", "Placeholder"):
+        if node.op in LEAVES:
             return self._leaf(node, inputs)
         if node.op in NOISE:
             shape = tuple(int(n) for n in np.asarray(inputs[0].tensor))

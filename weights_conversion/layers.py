@@ -51,19 +51,21 @@ class LayerTable:
             return self.slice(layer.input, layer.low + low, layer.low + high, name)
         if layer.kind == "Dense":  # half a linear layer is a linear layer
             key = (*layer.key, "columns", low, high)
-            return self.layer("Dense", layer.inputs, shape, layer.name, weight=layer.weight[:, low:high], shared=layer.shared, key=key)
+            facts = {"weight": layer.weight[:, low:high], "shared": layer.shared, "key": key}
+            return self.layer("Dense", layer.inputs, shape, layer.name, **facts)
         if layer.kind == "Add":
             parts = tuple(self.slice(part, low, high, name) for part in layer.inputs)
             return self.layer("Add", parts, shape, layer.name)
         if layer.kind == "Concat":
-            parts, start = [], 0
+            cut: list[Poly] = []
+            start = 0
             for part in layer.inputs:
                 end = start + part.shape[-1]
                 a, b = max(low, start), min(high, end)
                 if a < b:
-                    parts.append(self.slice(part, a - start, b - start, name))
+                    cut.append(self.slice(part, a - start, b - start, name))
                 start = end
-            return self.concat(parts, shape, name)
+            return self.concat(cut, shape, name)
         return self.layer("Slice", (of_layer(layer),), shape, name, low=low, high=high)
 
     # ---- linear layers
@@ -155,8 +157,10 @@ class LayerTable:
         ordered = flat.size == np.prod(poly.shape) and bool((flat == np.arange(flat.size)).all())
         if ordered and shape == poly.shape:
             return poly
-        if ordered and squeezed(shape) == squeezed(poly.shape) and (
-            shape[-1:] == poly.shape[-1:] or all(c.ndim == 0 for c in poly.terms.values())
+        if (
+            ordered
+            and squeezed(shape) == squeezed(poly.shape)
+            and (shape[-1:] == poly.shape[-1:] or all(c.ndim == 0 for c in poly.terms.values()))
         ):
             return Poly(poly.terms, shape, poly.hint)
         if len(shape) == 4 and not (shape[1] % 2 or shape[2] % 2):

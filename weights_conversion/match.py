@@ -10,7 +10,7 @@ import torch
 from bigbigan.config import PARTS, BigBiGANConfig, PreprocessConfig
 from bigbigan.model import BigBiGAN
 from weights_conversion.errors import ConversionError
-from weights_conversion.interpret import Interpreter
+from weights_conversion.interpret import Interpreter, Value
 from weights_conversion.match_discriminator import match_discriminator
 from weights_conversion.match_encoder import match_encoder
 from weights_conversion.match_generator import match_generator
@@ -36,11 +36,11 @@ class Match:
     dropped: set[str] = field(default_factory=set)  # nodes on control edges
 
 
-def trace(module: Module, signature: str) -> tuple[Tracer, dict[str, object], Interpreter]:
+def trace(module: Module, signature: str) -> tuple[Tracer, dict[str, Value], Interpreter]:
     """Layers of a signature and its outputs' values, from one run on random inputs."""
     interpreter = Interpreter(module, lambda shape: random_inputs(shape, 1))
     values = interpreter.run(signature, feeds(module, signature, BATCH))
-    return Tracer(interpreter.records), dict(values), interpreter
+    return Tracer(interpreter.records), values, interpreter
 
 
 def feeds(module: Module, signature: str, batch: int, seed: int = 0) -> dict[str, np.ndarray]:
@@ -86,7 +86,7 @@ def match(module: Module) -> Match:
     for part, signature in PART_SIGNATURES.items():
         tracer, values, interpreter = trace(module, signature)
         dropped |= interpreter.dropped
-        outputs = {name: tracer.poly(value) for name, value in values.items()}  # type: ignore[arg-type]
+        outputs = {name: tracer.poly(value) for name, value in values.items()}
         state = states[part] = State()
         try:
             if part == "generator":

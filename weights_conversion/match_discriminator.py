@@ -57,8 +57,6 @@ class _Combiner:
         if found in (keys, keys[::-1]) and layer is not None:
             self.kind = "concat" if layer.kind == "Concat" else "sum"
             self.swapped = self.kind == "concat" and found != keys
-        elif self.f.only is None and poly.key() == (self.f * self.h).key():
-            self.kind = "product"
         elif poly.monomials and poly.key() == (self.f * self.h).key():
             self.kind = "product"
         else:

@@ -42,7 +42,7 @@ def match_encoder(outputs: dict[str, Poly], table: LayerTable, state: State) -> 
         bn_affine=bn_affine,
         feature_norm_eps=feature_eps,
         feature_norm_affine=feature_affine,
-        **trunk,  # type: ignore[arg-type]
+        **trunk,
     )
     same = [name for name in ("z_sample", "z_mean") if outputs[name].key() == outputs["default"].key()]
     if not same:

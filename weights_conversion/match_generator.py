@@ -19,7 +19,9 @@ def match_generator(outputs: dict[str, Poly], table: LayerTable, state: State) -
     conv = state.conv("conv", "last convolution", image.input, 3, bias=True)
     relu = expect("last ReLU", conv.input, "Relu")
     x: Poly = of_layer(state.norm("norm", "last batch norm", relu.input))
-    names, chunks, widths, attention_side = [], [], [x.shape[-1]], 0
+    names: list[str] = []
+    chunks: list[Chunk] = []
+    widths, attention_side = [x.shape[-1]], 0
     sides = list(GENERATOR_CHANNELS)
     if image.shape[1] not in sides or image.shape[1] != image.shape[2]:
         raise mismatch("image", f"a side of {sides}", image)
@@ -116,7 +118,7 @@ def _conditional(state: State, name: str, where: str, poly: Poly) -> tuple[Layer
     a1, a0 = vector(poly.coefficient(x, gain), size), vector(poly.coefficient(x), size)
     b1, b0 = vector(poly.coefficient(gain), size), vector(poly.const, size)
     hint = poly.hint if poly.hint.var is not None and poly.hint.var.size == size else Hint()
-    r = 1 / np.sqrt(hint.var + hint.eps) if hint.var is not None else np.abs(a1)  # type: ignore[operator]
+    r = 1 / np.sqrt(hint.var + hint.eps) if hint.var is not None else np.abs(a1)
     if not (r > 0).all() or not (a1 != 0).all():
         raise mismatch(where, "a batch norm without zero scales", poly)
     mean = -b1 / a1

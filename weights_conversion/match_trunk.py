@@ -97,7 +97,8 @@ class _Chain:
     """Convolutions of a residual branch, first to last, each behind batch norm and ReLU."""
 
     def __init__(self, where: str, poly: Poly):
-        self.where, self.polys, self.normed = where, [poly], []
+        self.where, self.polys = where, [poly]
+        self.normed: list[Poly] = []  # what each ReLU takes
         conv = poly.single
         self.kernels: list[int] = []
         while True:
@@ -170,7 +171,8 @@ def _resnet(state: State, last: Layer) -> Facts:
             raise mismatch(where, f"{wanted} channels", output)
         chain.where = where
         chain.write(state, f"trunk.units.{i}", stride, padding)
-        _shortcut(state, f"trunk.units.{i}.shortcut.conv", where, chain, skip, stride, output.shape[-1] != width, shortcut)
+        name, widened = f"trunk.units.{i}.shortcut.conv", output.shape[-1] != width
+        _shortcut(state, name, where, chain, skip, stride, widened, shortcut)
         width = wanted
     return {
         **stem, "architecture": "resnet", "depths": tuple(depths), "base_channels": base,
@@ -192,9 +194,8 @@ def _unit(where: str, x: Poly) -> tuple[_Chain, Poly]:
         if skip.only is chain.source:
             return chain, skip
         conv = skip.single
-        if conv is not None and conv.kind == "Conv" and conv.kernel.shape[:2] == (1, 1):
-            if conv.input.only in (chain.source, chain.first_relu):
-                return chain, skip
+        if conv is not None and conv.kind == "Conv" and conv.input.only in (chain.source, chain.first_relu):
+            return chain, skip
         errors.append(mismatch(f"{where}, skip", f"#{chain.source.number}, or a 1x1 convolution of it", skip))
     raise errors[-1] if len(errors) < 2 else max(errors, key=lambda e: "skip" in str(e).split(":")[0])
 

@@ -190,7 +190,9 @@ class Variables:
         try:
             value = np.asarray(self._reader.get_tensor(key))
         except (tf.errors.OpError, RuntimeError, ValueError) as error:
-            raise ConversionError(f"variable {key!r} cannot be read from {self.prefix}: {_first_line(error)}") from error
+            raise ConversionError(
+                f"variable {key!r} cannot be read from {self.prefix}: {_first_line(error)}"
+            ) from error
         if value.dtype.name in FLOATS and not np.isfinite(value.astype(np.float32)).all():
             raise ConversionError(f"variable {key!r} holds values that are not finite")
         return value

@@ -41,6 +41,15 @@ def affine(where: str, poly: Poly, kind: str) -> Layer:
     return layer
 
 
+def scaled(where: str, poly: Poly, kind: str) -> tuple[Layer, float]:
+    """The layer of that kind which `poly` is, times one positive number."""
+    layer = affine(where, poly, kind)
+    scale = poly.terms[(layer,)]
+    if scale.ndim or float(scale) <= 0 or np.any(poly.const != 0):
+        raise mismatch(where, f"{kind}, times one positive number at most", poly)
+    return layer, float(scale)
+
+
 def expand(poly: Poly) -> Poly:
     """Sums opened, so that order and nesting of additions do not matter."""
     while opened := next((layer for m in poly.terms for layer in m if layer.kind == "Add"), None):
@@ -77,8 +86,9 @@ class FoundNorm:
     def settle(self, eps: float) -> dict[str, np.ndarray]:
         """running_mean, running_var (for `eps`), weight and bias, whose product is exactly scale and shift."""
         size = self.scale.size
-        known = self.hint.var is not None and self.hint.var.size in (1, size) and self.hint.eps is not None
-        total = vector(self.hint.var, size) + self.hint.eps if known else 1 / self.scale**2  # type: ignore[operator]
+        total, var, eps_found = 1 / self.scale**2, self.hint.var, self.hint.eps
+        if var is not None and eps_found is not None and var.size in (1, size):
+            total = vector(var, size) + eps_found
         gain = self.scale * np.sqrt(total)
         mean = self.hint.mean
         mean = vector(mean, size) if mean is not None and mean.size in (1, size) else -self.shift / self.scale
@@ -170,13 +180,10 @@ def attention(state: State, name: str, where: str, table: LayerTable, poly: Poly
             continue
         where = f"{where}, attention"
         weights = expect(where, product.inputs[0], "Softmax")
-        logits = affine(where, weights.input, "BatchMatMul")
-        scale = weights.input.terms[(logits,)]
-        if scale.ndim or weights.input.const.ndim:
-            raise mismatch(where, "logits scaled by one number at most", weights)
-        theta = expect(where, logits.inputs[0], "Move")
-        phi = expect(where, logits.inputs[1], "Move")
-        g = expect(where, product.inputs[1], "Move")
+        logits, scale = scaled(where, weights.input, "BatchMatMul")
+        theta, theta_scale = scaled(where, logits.inputs[0], "Move")
+        phi, phi_scale = scaled(where, logits.inputs[1], "Move")
+        g, g_scale = scaled(where, product.inputs[1], "Move")
         if not theta.ordered or not g.ordered or len(squeezed(x.shape)) != 4:
             raise mismatch(where, "queries and values in the order of positions", product)
         transposed = np.arange(phi.index.size).reshape(g.shape[0], g.shape[1], -1).swapaxes(1, 2)
@@ -185,7 +192,8 @@ def attention(state: State, name: str, where: str, table: LayerTable, poly: Poly
         pools = [expect(where, layer.input, "MaxPool") for layer in (phi, g)]
         if any((p.size, p.stride, p.pads) != ((2, 2), 2, (0, 0, 0, 0)) for p in pools):
             raise mismatch(where, "keys and values pooled by two", pools[0])
-        convs = {"theta": theta.input.scale(scale), "phi": pools[0].input, "g": pools[1].input}
+        scale *= theta_scale * phi_scale
+        convs = {"theta": theta.input.scale(scale), "phi": pools[0].input, "g": pools[1].input.scale(g_scale)}
         for key, conv in convs.items():
             layer = state.conv(f"{name}.{key}", f"{where}, {key}", conv, 1, bias=False)
             if layer.input.key() != x.key():

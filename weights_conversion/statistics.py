@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from weights_conversion.algebra import Poly
+from weights_conversion.algebra import Poly, decimal
 from weights_conversion.interpret import Constant
 
 _DEPTH = 8
@@ -35,7 +35,7 @@ def denominator(constant: Constant) -> tuple[np.ndarray | None, float | None]:
         var, eps = (a, b) if b.array.size == 1 and a.array.size >= 1 else (b, a)
         if eps.array.size == 1 and 0 < float(eps.array.reshape(-1)[0]) < 0.1:
             value = np.asarray(var.array, np.float64).reshape(-1)
-            return value, float(str(np.float32(eps.array.reshape(-1)[0])))
+            return value, decimal(eps.array.reshape(-1)[0])
     return None, None
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from weights_conversion.algebra import NO_HINT, Hint, Poly, make, of_layer, squeezed
+from weights_conversion.algebra import NO_HINT, Hint, Poly, decimal, make, of_layer, squeezed
 from weights_conversion.errors import ConversionError, tensorflow
 from weights_conversion.interpret import Constant, Record, Value
 from weights_conversion.layers import LayerTable, doubled, is_scaled
@@ -105,7 +105,7 @@ class Tracer:
         if not all(isinstance(p, Constant) for p in parameters):
             raise ConversionError("its scale, offset or statistics depend on the data")
         scale, offset, mean, var = (np.asarray(p.array, np.float64) for p in parameters if isinstance(p, Constant))
-        eps = round_eps(float(attribute(record.node, "epsilon")))
+        eps = decimal(float(attribute(record.node, "epsilon")))
         gain = scale / np.sqrt(var + eps)
         out = make(x.scale(gain).shift(offset - mean * gain).terms, x.shape, Hint(var, eps, mean))
         return out
@@ -128,14 +128,14 @@ class Tracer:
     def leaky_relu(self, record: Record, x: Operand, slope: float | None = None) -> Poly:
         assert isinstance(x, Poly)
         slope = float(attribute(record.node, "alpha")) if slope is None else slope
-        return self.table.layer("LeakyRelu", (x,), x.shape, record.name, slope=round_eps(slope))
+        return self.table.layer("LeakyRelu", (x,), x.shape, record.name, slope=decimal(slope))
 
     def log(self, record: Record, x: Operand, added: float = 0.0) -> Poly:
         """log(1 + exp(p)) is softplus."""
-        layer = x.single if isinstance(x, Poly) else None
-        if layer is not None and isinstance(x, Poly) and layer.kind == "Exp":
-            if x.terms[(layer,)] == 1 and x.const + added == 1:
-                return self.table.layer("Softplus", layer.inputs, layer.shape, record.name)
+        assert isinstance(x, Poly)
+        layer = x.shift(added - 1).only
+        if layer is not None and layer.kind == "Exp":
+            return self.table.layer("Softplus", layer.inputs, layer.shape, record.name)
         raise ConversionError("a logarithm that is no softplus")
 
     # ---- layers with weights
@@ -154,9 +154,7 @@ class Tracer:
             raise ConversionError("a dilated convolution")
         stride, pads = self._window(record, x, kernel.array.shape[:2], attribute(record.node, "strides"))
         key = (kernel.name, id(kernel.value))
-        return self.table.conv(
-            x, kernel.array, key, record.name, shape=record.shapes[0], stride=stride, pads=pads
-        )
+        return self.table.conv(x, kernel.array, key, record.name, shape=record.shapes[0], stride=stride, pads=pads)
 
     def _window(
         self, record: Record, x: Poly, kernel: tuple[int, ...], strides: list[int]
@@ -196,11 +194,11 @@ class Tracer:
         equation = str(attribute(record.node, "equation")).replace(" ", "")
         left, _, out = equation.partition("->")
         x, _, y = left.partition(",")
-        if isinstance(a, Poly) and isinstance(b, Constant) and len(x) == len(y) == len(out) == 2:
-            if x[1] in y and x[0] == out[0] and out[1] in y and len({*x, *y}) == 3:
-                transposed = y[0] != x[1]
-                weight = b.array.T if transposed else b.array
-                return self.table.dense(a, weight, (b.name, id(b.value), transposed), record.name)
+        linear = len(x) == len(y) == len(out) == 2 and x[1] in y and x[0] == out[0] and out[1] in y
+        if isinstance(a, Poly) and isinstance(b, Constant) and linear and len({*x, *y}) == 3:
+            transposed = y[0] != x[1]
+            weight = b.array.T if transposed else b.array
+            return self.table.dense(a, weight, (b.name, id(b.value), transposed), record.name)
         if len(x) == len(y) == len(out) == 3 and x[0] == y[0] == out[0] and len({*x, *y}) == 4:
             (contracted,) = set(x) & set(y) - {x[0]}
             if contracted not in out and out[1] in x and out[2] in y:
@@ -330,11 +328,6 @@ class Tracer:
         return results
 
 
-def round_eps(value: float) -> float:
-    """A float32 as the decimal it was written as."""
-    return float(str(np.float32(value)))
-
-
 def describe(record: Record) -> str:
     """Node, type and neighbours, for errors."""
     names = [source.name if isinstance(source, Constant) else source[0].name for source in record.inputs]
@@ -353,6 +346,10 @@ def _add_n(tracer: Tracer, record: Record, *operands: Operand) -> Poly:
     return total
 
 
+MOVES = (
+    "Reshape", "Squeeze", "ExpandDims", "Transpose", "Tile", "DepthToSpace", "Slice", "StridedSlice", "Pack", "Unpack",
+    "BroadcastTo",
+)  # fmt: skip
 RULES: dict[str, Callable[..., Poly | list[Poly]]] = {
     "Add": Tracer.add,
     "AddV2": Tracer.add,
@@ -390,10 +387,7 @@ RULES: dict[str, Callable[..., Poly | list[Poly]]] = {
     "ConcatV2": Tracer.concat,
     "Split": Tracer.split,
     "SplitV": Tracer.split,
-    **{
-        op: Tracer.moved
-        for op in "Reshape Squeeze ExpandDims Transpose Tile DepthToSpace Slice StridedSlice Pack Unpack BroadcastTo".split()
-    },
+    **{op: Tracer.moved for op in MOVES},
 }
 
 
@@ -401,9 +395,3 @@ def _same_dtype(record: Record, x: Poly) -> Poly:
     if attribute(record.node, "DstT") != tensorflow().float32:
         raise ConversionError("a cast away from float32")
     return x
-
-
-def describe_records(tracer: Tracer, values: dict[str, Any]) -> list[str]:
-    """Layers and outputs, one line each."""
-    lines = [f"  {layer}  ({layer.name})" for layer in tracer.table.layers]
-    return lines + [f"  -> {name} = {tracer.poly(value)}" for name, value in values.items()]

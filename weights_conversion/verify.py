@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -109,7 +109,7 @@ def _port(
         return {"default": image.permute(0, 2, 3, 1), "upsampled": large.permute(0, 2, 3, 1)}
     if signature in ("encode", "default"):
         out = model.part("encoder")(inputs["x"], torch.from_numpy(noise))
-        return {**{name: out[name] for name in out.keys()}, "default": out[default]}
+        return {**{f.name: out[f.name] for f in fields(out)}, "default": out[default]}
     if signature == "discriminate":
         scores = model.part("discriminator")(inputs["x"], inputs["z"])
         return {name: getattr(scores, name) for name in ("score_x", "score_z", "score_xz")}
