@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 
 from bigbigan.config import PARTS, BigBiGANConfig, PreprocessConfig
 from bigbigan.model import BigBiGAN
+from weights_conversion.algebra import Poly
 from weights_conversion.errors import ConversionError
 from weights_conversion.interpret import Interpreter, Value
+from weights_conversion.layers import LayerTable
 from weights_conversion.match_discriminator import match_discriminator
 from weights_conversion.match_encoder import match_encoder
 from weights_conversion.match_generator import match_generator
@@ -19,6 +23,11 @@ from weights_conversion.patterns import State
 from weights_conversion.trace import Tracer
 
 BATCH = 2
+MATCHES: dict[str, Callable[[dict[str, Poly], LayerTable, State], Any]] = {
+    "generator": match_generator,
+    "encoder": match_encoder,
+    "discriminator": match_discriminator,
+}
 SIGNATURES = {
     "generate": ({"z"}, {"default", "upsampled"}),
     "encode": ({"x"}, {"default", "z_sample", "z_mean", "z_stdev", "avepool_feat", "bn_crelu_feat"}),
@@ -80,27 +89,23 @@ def match(module: Module) -> Match:
         ConversionError: something in the graph that the port does not express; it names the node and its neighbours.
     """
     check_signatures(module)
-    configs: dict[str, object] = {}
-    states: dict[str, State] = {}
-    default, dropped = "", set()
-    for part, signature in PART_SIGNATURES.items():
-        tracer, values, interpreter = trace(module, signature)
-        dropped |= interpreter.dropped
-        outputs = {name: tracer.poly(value) for name, value in values.items()}
-        state = states[part] = State()
-        try:
-            if part == "generator":
-                configs[part] = match_generator(outputs, tracer.table, state)
-            elif part == "encoder":
-                found = match_encoder(outputs, tracer.table, state)
-                configs[part], default = found.config, found.default
-            else:
-                configs[part] = match_discriminator(outputs, tracer.table, state)
-        except ConversionError as error:
-            raise ConversionError(f"signature {signature!r}: {error}") from error
-    resolution = configs["encoder"].resolution  # type: ignore[attr-defined]
-    config = BigBiGANConfig(**configs, preprocess=PreprocessConfig(resolution))  # type: ignore[arg-type]
-    return Match(_fill(config, states), default, dropped)
+    states = {part: State() for part in PARTS}
+    dropped: set[str] = set()
+    generator, encoder, discriminator = (_match_part(module, part, states[part], dropped) for part in PARTS)
+    config = BigBiGANConfig(generator, encoder.config, discriminator, PreprocessConfig(encoder.config.resolution))
+    return Match(_fill(config, states), encoder.default, dropped)
+
+
+def _match_part(module: Module, part: str, state: State, dropped: set[str]) -> Any:
+    """Configuration of a part; a function of its own so that the trace with its constants is freed after each."""
+    signature = PART_SIGNATURES[part]
+    tracer, values, interpreter = trace(module, signature)
+    dropped |= interpreter.dropped
+    outputs = {name: tracer.poly(value) for name, value in values.items()}
+    try:
+        return MATCHES[part](outputs, tracer.table, state)
+    except ConversionError as error:
+        raise ConversionError(f"signature {signature!r}: {error}") from error
 
 
 def _fill(config: BigBiGANConfig, states: dict[str, State]) -> BigBiGAN:
