@@ -146,8 +146,10 @@ def _check_size(node: Any, inputs: list[Any]) -> None:
         index = 0 if node.op == "Fill" else 1
         values = numbers(index)
         count = math.prod(abs(v) for v in values)
-        if node.op in ("Tile", "ResizeBilinear", "ResizeNearestNeighbor"):
+        if node.op == "Tile":
             count *= math.prod(shapes[0])
+        if node.op.startswith("Resize"):
+            count *= shapes[0][0] * shapes[0][-1] if len(shapes[0]) == 4 else 1
         if node.op.startswith("Pad"):
             sides = zip(shapes[0], values[::2], values[1::2], strict=False)
             count = math.prod(s + abs(a) + abs(b) for s, a, b in sides)
