@@ -67,7 +67,7 @@ def test_variants_show_every_value_of_every_choice() -> None:
             else:
                 yield f"{type(owner).__name__}.{field.name}", value
 
-    shown = {pair for module in variants.VARIANTS.values() for pair in flatten(module)}
+    shown = {pair for module in ALL.values() for pair in flatten(module)}
     networks = (spec.MLPSpec, spec.GeneratorSpec, spec.EncoderSpec, spec.DiscriminatorSpec)
     for cls in (*networks, spec.ModuleSpec, spec.Style):
         for name, hint in typing.get_type_hints(cls).items():

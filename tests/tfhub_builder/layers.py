@@ -133,7 +133,7 @@ class Writer:
         return tf.nn.leaky_relu(x, slope) if self.style.leaky_relu == "op" else tf.maximum(x, slope * x)
 
     def bias(self, x: Tensor, leaf: str = "b") -> Tensor:
-        value = self.trained(leaf, self.variables.vector(self.name(leaf), x.shape[-1], -0.3, 0.3))
+        value = self.trained(leaf, self.variables.vector(self.name(leaf), x.shape[-1], -0.15, 0.15))
         if self.style.bias == "bias_add":
             return tf.nn.bias_add(x, value)
         return x + value if self.style.bias == "add_v2" else raw.Add(x=x, y=value)
