@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from bigbigan._version import __version__
-from bigbigan.commands import encode, evaluation, models, pictures, training
+from bigbigan.commands import conversion, encode, evaluation, models, pictures, training
 from bigbigan.commands.options import help_formatter
 
 
@@ -21,12 +21,12 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=help_formatter,
         description="BigBiGAN: draw images, encode them into features, and train models that do both.",
         epilog="`bigbigan COMMAND --help` explains a command. Results go to stdout or to files, messages to stderr.\n"
-        "Exit codes: 0 done, 1 done in part or diverged, 2 wrong usage or no such model, 3 no image worked,\n"
+        "Exit codes: 0 done, 1 done in part, diverged or refused, 2 wrong usage or no such model, 3 no image worked,\n"
         "130 interrupted, 141 stdout was closed, 143 terminated.",
     )
     parser.add_argument("--version", action="version", version=f"bigbigan {__version__}")
     commands = parser.add_subparsers(dest="verb", metavar="COMMAND", required=True, title="commands")
-    for group in (pictures, encode, models, training, evaluation):
+    for group in (pictures, encode, models, conversion, training, evaluation):
         group.add_parsers(commands)
     return parser
 
@@ -62,11 +62,12 @@ def _one_line(error: Exception) -> str:
 @contextmanager
 def _messages(label: str, level: int) -> Iterator[None]:
     """The library's log and warnings as lines on stderr."""
-    handler, logger = logging.StreamHandler(sys.stderr), logging.getLogger("bigbigan")
+    handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter(f"{label}: %(message)s"))
-    before = logger.level
-    logger.addHandler(handler)
-    logger.setLevel(level)
+    loggers = {logger: logger.level for logger in map(logging.getLogger, ("bigbigan", "weights_conversion"))}
+    for logger in loggers:
+        logger.addHandler(handler)
+        logger.setLevel(level)
     shown: set[str] = set()
 
     def show(message: Warning | str, *_: object, **__: object) -> None:  # once, though every picture may cause it
@@ -79,5 +80,6 @@ def _messages(label: str, level: int) -> Iterator[None]:
             warnings.showwarning = show
             yield
     finally:
-        logger.removeHandler(handler)
-        logger.setLevel(before)
+        for logger, before in loggers.items():
+            logger.removeHandler(handler)
+            logger.setLevel(before)

@@ -148,7 +148,7 @@ def _preset(name: str, client: _Repository, parts: Sequence[str] | None) -> tupl
         repo_id = entry.repo_id if entry is not None else f"{organization}/{preset.name}"
         return _from_hub(replace(client, repo_id=repo_id), None, parts), True
     if preset.name in RELEASED:
-        how = "DeepMind released its weights as a TensorFlow-Hub module, which this version cannot convert yet"
+        how = f"Convert DeepMind's release: pip install 'bigbigan[convert]' && bigbigan convert {preset.name}"
     else:
         how = f"Nobody has published its weights: train it, or start from create_model({preset.name!r})"
     raise FileNotFoundError(

@@ -36,14 +36,18 @@ def model_card(model: BigBiGAN, where: str = "path/to/this/folder") -> str:
     sections = [
         _metadata(model),
         f"# {name}",
-        f"BigBiGAN ({', '.join(model.parts)}) for the Python package `bigbigan`.",
+        f"BigBiGAN ({', '.join(model.parts)}) for the Python package `bigbigan`. The method is that of "
+        "[Large Scale Adversarial Representation Learning](https://arxiv.org/abs/1907.02544).",
         "```python\n" + "\n".join(code) + "\n```",
         _table(("File", "Values", "Type", "Size"), parts),
         "`config.json` has the architecture, and the size and SHA-256 of each file; loading checks them.",
         f"**Source:** {_line(info.source) or 'not stated'}\n\n**License:** {_line(info.license) or 'not stated'}",
     ]
-    if facts := list(flatten(info.provenance)):
+    tables = {key: value for key, value in info.provenance.items() if _is_table(value)}
+    if facts := list(flatten({key: value for key, value in info.provenance.items() if key not in tables})):
         sections += ["## Provenance", _table(("Fact", "Value"), facts)]
+    for key, rows in tables.items():  # such as a converted model's differences to its source, output by output
+        sections += [f"### {_line(key)}", _table(tuple(rows[0]), [tuple(map(str, row.values())) for row in rows])]
     return "\n\n".join(sections) + "\n"
 
 
@@ -68,6 +72,12 @@ def flatten(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
             yield from flatten(child, f"{path}.{key}" if path else str(key))
     elif path:
         yield path, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _is_table(value: Any) -> bool:
+    """Whether it is a list of records with the same fields."""
+    records = isinstance(value, list) and value and all(isinstance(row, dict) and row for row in value)
+    return bool(records) and all(row.keys() == value[0].keys() for row in value)
 
 
 def _table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:

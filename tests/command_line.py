@@ -53,5 +53,5 @@ def cells(path: Path, columns: int, side: int, gap: int = 2) -> np.ndarray:
 def run(*arguments: object, **options: Any) -> subprocess.Popen[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "bigbigan", *map(str, arguments)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
-    return subprocess.Popen(command, text=True, env=environment, cwd=Path(__file__).parents[1], **pipes)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "cwd": Path(__file__).parents[1]} | options
+    return subprocess.Popen(command, text=True, env=environment, **pipes)

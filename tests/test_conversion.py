@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 from tfhub_builder import ModuleSpec, documented_signatures, variants
 
 import bigbigan
+from bigbigan.cli import main
 from weights_conversion import convert as conversion
 from weights_conversion import download
-from weights_conversion.__main__ import main
 from weights_conversion.errors import ConversionError
 
 pytest.importorskip("tensorflow")
@@ -237,16 +237,16 @@ def test_unreachable_module_says_what_to_do(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_inspect_shows_signatures_and_layers(good: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([str(good), "--inspect"]) == 0
+    assert main(["convert", str(good), "--inspect"]) == 0
     text = capsys.readouterr().out
     assert "signature encode: x -> avepool_feat" in text and "MaxPool" in text and "Softplus" in text
 
 
 def test_command_line_refuses_in_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "empty").mkdir()
-    assert main([str(tmp_path / "empty"), "-o", str(tmp_path / "out")]) == 1
+    assert main(["convert", str(tmp_path / "empty"), "-o", str(tmp_path / "out")]) == 1
     assert "lacks saved_model.pb" in capsys.readouterr().err
-    assert main(["no-such-model"]) == 2
+    assert main(["convert", "no-such-model"]) == 2
     assert "nor one of bigbigan-resnet50" in capsys.readouterr().err
 
 

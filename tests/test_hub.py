@@ -184,7 +184,7 @@ def test_preset_names_lead_to_a_local_conversion_or_to_advice(saved: Path, home:
     with pytest.raises(FileNotFoundError) as caught:
         hub.load("bigbigan_resnet50")
     for advice in (
-        "TensorFlow-Hub module, which this version cannot convert yet",
+        "pip install 'bigbigan[convert]' && bigbigan convert bigbigan-resnet50",
         "load('org/bigbigan-resnet50')",
         "BIGBIGAN_HUB_ORG",
         str(home / "models"),

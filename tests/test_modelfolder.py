@@ -204,7 +204,12 @@ def test_card_has_metadata_and_facts_in_escaped_cells(saved: Path) -> None:
     assert f"`encoder.safetensors` | {sum(t.numel() for t in tiny_model().encoder.state_dict().values()):,} |" in card
     assert size > 0
     unusual = tiny_model(parts=("encoder",))
-    unusual.info = ModelInfo(license='My "own": license')
+    rows = [{"output": "encode.z_mean", "relative": 1e-6}, {"output": "a|b", "relative": 2e-6}]
+    unusual.info = ModelInfo(
+        license='My "own": license', provenance={"differences": rows, "note": [{"a": 1}, {"b": 2}]}
+    )
+    table = "### differences\n\n| output | relative |\n| --- | --- |\n| encode.z_mean | 1e-06 |\n| a\\|b | 2e-06 |\n"
+    assert table in model_card(unusual) and '| note | [{"a": 1}, {"b": 2}] |' in model_card(unusual)
     assert 'license: other\nlicense_name: "My \\"own\\": license"\npipeline_tag: image-feature' in model_card(unusual)
 
 

@@ -35,8 +35,8 @@ TIMEOUT = 600
 CLASSES = 1000
 
 
-def convert_checkpoint(path: Path, output: Path) -> Path:
-    """Writes a model folder with the generator alone, and returns it.
+def convert_checkpoint(path: Path, output: Path, *, name: str | None = None) -> Path:
+    """Writes a model folder with the generator alone, and returns it; `name` is by default the file's.
 
     Raises:
         ConversionError: the file is no such checkpoint; nothing is written then.
@@ -46,7 +46,7 @@ def convert_checkpoint(path: Path, output: Path) -> Path:
         raise FileNotFoundError(f"there is no file {path}")
     config, state = match_checkpoint(read_checkpoint(path))
     info = ModelInfo(
-        path.stem,
+        name or path.stem,
         "unknown: see where the checkpoint comes from",
         f"converted from the third-party generator checkpoint {path.name}",
         {

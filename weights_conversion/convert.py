@@ -5,7 +5,8 @@ from __future__ import annotations
 import datetime
 import logging
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +16,9 @@ from torch import Tensor
 from bigbigan import __version__, hub
 from bigbigan import images as image_io
 from bigbigan.config import ModelInfo, to_dict
-from bigbigan.presets import PRESETS
+from bigbigan.presets import PRESETS, normalize
 from weights_conversion.download import Source, located
-from weights_conversion.errors import ConversionError, tensorflow
+from weights_conversion.errors import tensorflow
 from weights_conversion.match import PART_SIGNATURES, Match, check_signatures, match, trace
 from weights_conversion.module import Module
 from weights_conversion.verify import Difference, table, verify
@@ -32,13 +33,15 @@ def convert(
     source: str | Path,
     output: str | Path | None = None,
     *,
-    images: list[Path] | None = None,
+    name: str | None = None,
+    images: Sequence[str | Path] = (),
     report: Callable[[str], None] = logger.info,
 ) -> Path:
     """Converts a module and returns the model folder, by default the one where `bigbigan.load` finds it by name.
 
-    `source` is "bigbigan-resnet50", "bigbigan-revnet50x4", a module's folder or its .tar.gz. `images` are compared
-    beside random inputs. `report` gets the configuration and the table of differences as text.
+    `source` is "bigbigan-resnet50", "bigbigan-revnet50x4", a module's folder or its .tar.gz; `name` is the model's, by
+    default the source's. At most eight `images` (files) are compared beside random inputs. `report` gets the
+    configuration and the table of differences as text.
 
     Raises:
         ConversionError: the source is no BigBiGAN module, holds what the port does not express, or the port's
@@ -46,6 +49,8 @@ def convert(
         FileNotFoundError, OSError: there is no such source, or it cannot be downloaded.
     """
     with located(source) as found:
+        if name is not None:
+            found = replace(found, name=normalize(name) if normalize(name) in PRESETS else name)
         target = Path(output) if output is not None else default_folder(found.name)
         module = Module(found.folder)
         matched = match(module)
@@ -82,15 +87,17 @@ def inspect(source: str | Path, report: Callable[[str], None]) -> None:
 def default_folder(name: str) -> Path:
     """Where `bigbigan.load` looks for a local conversion of that name."""
     if name not in PRESETS:
-        raise ConversionError(f"{name!r} is no model's name, so say where to write with -o FOLDER")
+        raise ValueError(f"{name!r} is no model's name: say which model it is with --name, or where to write with -o")
     return hub.cache_dir() / "models" / name
 
 
-def _read(paths: list[Path] | None, matched: Match) -> Tensor | None:
+def _read(paths: Sequence[str | Path], matched: Match) -> Tensor | None:
     if not paths:
         return None
+    if len(paths) > MAX_IMAGES:
+        raise ValueError(f"{len(paths)} pictures to compare on; {MAX_IMAGES} are the most")
     config = matched.model.config
-    return image_io.preprocess(list(paths[:MAX_IMAGES]), config.preprocess, config.image_channels)
+    return image_io.preprocess(list(paths), config.preprocess, config.image_channels)
 
 
 def _differing(name: str, matched: Match) -> list[str]:
