@@ -12,7 +12,7 @@ import types
 import typing
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 MAX_CONFIG_BYTES = 64 * 1024
 PARTS = ("generator", "encoder", "discriminator")
@@ -190,6 +190,7 @@ class DiscriminatorConfig:
     first_relu: bool = False  # a ReLU on the image itself would discard its negative half
     last_skip: bool = True  # identity skip around blocks that keep width and resolution (the last, from 64 pixels up)
     scores: tuple[Literal["x", "z", "xz"], ...] = ("x", "z", "xz")  # ("x",) is a plain GAN: F alone
+    rotation_head: bool = False  # SS-GAN: a linear layer on F(x) tells by which of four right angles x is turned
 
     def __post_init__(self) -> None:
         _check_choices(self)
@@ -212,6 +213,66 @@ class DiscriminatorConfig:
     def num_features(self) -> int:
         """Channels of F(x)."""
         return self.base_channels * DISCRIMINATOR_CHANNELS[self.resolution][-1]
+
+
+@dataclass(frozen=True)
+class _MLPPart:
+    """What BiGAN's fully connected networks share; defaults of its permutation-invariant MNIST."""
+
+    resolution: int = 28
+    image_channels: int = 1
+    architecture: Literal["mlp"] = "mlp"
+    width: int = 1024  # of both hidden layers
+    z_dim: int = 50
+    bn_eps: float = 1e-8
+    negative_slope: float = 0.2  # of the leaky ReLUs
+
+    def __post_init__(self) -> None:
+        _check_choices(self)
+        _check_range(self, 2, 256, "resolution")
+        _check_range(self, 1, 4, "image_channels")
+        _check_range(self, 1, 4096, "width", "z_dim")
+        _check_range(self, 1e-12, 0.1, "bn_eps")
+        _check_range(self, 0, 1, "negative_slope")
+
+    @property
+    def num_features(self) -> int:
+        """Units of the last hidden layer."""
+        return self.width
+
+
+@dataclass(frozen=True)
+class MLPGeneratorConfig(_MLPPart):
+    """Fully connected generator of BiGAN."""
+
+    negative_slope: float = 0.0  # plain ReLUs
+    prior: Literal["normal", "uniform"] = "uniform"
+
+    @property
+    def upsample_size(self) -> int:
+        """The resolution itself: BiGAN has no enlarged output."""
+        return self.resolution
+
+
+@dataclass(frozen=True)
+class MLPEncoderConfig(_MLPPart):
+    """Fully connected encoder of BiGAN; bounded and deterministic."""
+
+    output: ClassVar[Literal["tanh"]] = "tanh"
+    spectral_norm: ClassVar[bool] = False
+    feature_norm_eps: float = 1e-3  # batch norm behind bn_crelu_feat, which BiGAN has not: as in `EncoderConfig`
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_range(self, 1e-12, 0.1, "feature_norm_eps")
+
+
+@dataclass(frozen=True)
+class MLPDiscriminatorConfig(_MLPPart):
+    """Fully connected discriminator of BiGAN, on pairs alone."""
+
+    scores: ClassVar[tuple[Literal["xz"]]] = ("xz",)
+    rotation_head: ClassVar[bool] = False
 
 
 @dataclass(frozen=True)
@@ -238,9 +299,9 @@ class PreprocessConfig:
 class BigBiGANConfig:
     """A whole model; a part may be absent."""
 
-    generator: GeneratorConfig | None = GeneratorConfig()
-    encoder: EncoderConfig | None = EncoderConfig()
-    discriminator: DiscriminatorConfig | None = DiscriminatorConfig()
+    generator: GeneratorConfig | MLPGeneratorConfig | None = GeneratorConfig()
+    encoder: EncoderConfig | MLPEncoderConfig | None = EncoderConfig()
+    discriminator: DiscriminatorConfig | MLPDiscriminatorConfig | None = DiscriminatorConfig()
     preprocess: PreprocessConfig = PreprocessConfig()
 
     def __post_init__(self) -> None:
@@ -341,12 +402,23 @@ def from_dict(cls: type[T], data: Any, where: str = "") -> T:
     return cls(**{name: _value(hints[name], data[name], f"{where}.{name}") for name in names})
 
 
+def _member(members: list[Any], data: Any, where: str) -> Any:
+    """That one of a union which has the `architecture` of the data; the first for data that name none."""
+    if len(members) == 1 or not isinstance(data, dict) or "architecture" not in data:
+        return members[0]
+    choices = {member: typing.get_args(typing.get_type_hints(member).get("architecture")) for member in members}
+    fitting = [member for member in members if data["architecture"] in choices[member]]
+    known = [choice for member in members for choice in choices[member]]
+    _require(bool(fitting), _expected(f"{where}.architecture", data["architecture"], known))
+    return fitting[0]
+
+
 def _value(hint: Any, value: Any, where: str) -> Any:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in args:
             return None
-        return _value(next(arg for arg in args if arg is not type(None)), value, where)
+        return _value(_member([arg for arg in args if arg is not type(None)], value, where), value, where)
     if dataclasses.is_dataclass(hint):
         return from_dict(typing.cast(type, hint), value, where)
     if origin is Literal:

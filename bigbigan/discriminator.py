@@ -15,13 +15,15 @@ from bigbigan.layers import DownsampleConv2d, Layers, ResidualMLP, SelfAttention
 
 @dataclass(frozen=True)
 class DiscriminatorOutput:
-    """Scores of pairs, [N] each; a score that the model lacks is None."""
+    """Scores of pairs, [N] each, and of images in four rotations, [N, 4] logits; what the model lacks is None."""
 
     score_x: Tensor | None
     score_z: Tensor | None
     score_xz: Tensor | None
+    rotation: Tensor | None = None
 
     def present(self) -> list[Tensor]:
+        """The scores of pairs that there are."""
         return [score for score in (self.score_x, self.score_z, self.score_xz) if score is not None]
 
 
@@ -85,20 +87,24 @@ class Discriminator(nn.Module):
         inputs = features + config.z_mlp.width if config.combine == "concat" else features
         self.j = ResidualMLP(layers, joint, inputs) if "xz" in scores else None
         self.score_xz = layers.linear(joint.width, 1) if "xz" in scores else None
+        self.rotation = layers.linear(features, 4) if config.rotation_head else None
 
-    def forward(self, x: Tensor, z: Tensor) -> DiscriminatorOutput:
-        """x: [N, C, resolution, resolution] in [-1, 1]; z: [N, z_dim]."""
+    def forward(self, x: Tensor, z: Tensor | None = None) -> DiscriminatorOutput:
+        """x: [N, C, resolution, resolution] in [-1, 1]; z: [N, z_dim], not needed where ("x",) are all scores."""
+        if z is None and self.h is not None:
+            raise ValueError(f"the scores {', '.join(self.config.scores)} need latents; z is None")
         score_x = score_z = score_xz = None
         f = self.f(x)  # [N, num_features]
         if self.score_x is not None:
             score_x = self.score_x(f).squeeze(1)  # [N]
+        rotation = self.rotation(f) if self.rotation is not None else None  # [N, 4]
         if self.h is not None:
             h = self.h(z)  # [N, z_mlp.width]
             if self.score_z is not None:
                 score_z = self.score_z(h).squeeze(1)  # [N]
             if self.j is not None and self.score_xz is not None:
                 score_xz = self.score_xz(self.j(self._combine(f, h))).squeeze(1)  # [N]
-        return DiscriminatorOutput(score_x, score_z, score_xz)
+        return DiscriminatorOutput(score_x, score_z, score_xz, rotation)
 
     def _combine(self, f: Tensor, h: Tensor) -> Tensor:
         if self.config.combine == "concat":

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +11,7 @@ from torch import Tensor, nn
 
 from bigbigan.config import EncoderConfig
 from bigbigan.layers import BatchNorm, Layers, ResidualMLP
+from bigbigan.pretrained import Pretrained
 from bigbigan.resnet import ResNet
 from bigbigan.revnet import RevNet
 
@@ -47,8 +46,15 @@ class EncoderOutput:
         return len(self.z_mean)
 
 
-class Encoder(nn.Module):
+def crelu(h: Tensor) -> Tensor:
+    """[N, F] -> [ReLU(h), ReLU(-h)], [N, 2 F]."""
+    return torch.cat([F.relu(h), F.relu(-h)], dim=1)
+
+
+class Encoder(nn.Module, Pretrained):
     """Features and latents of images. `spectral_norm=True` builds a training form that has it (the paper's has not)."""
+
+    part = "encoder"
 
     def __init__(self, config: EncoderConfig, *, spectral_norm: bool = False):
         super().__init__()
@@ -60,13 +66,6 @@ class Encoder(nn.Module):
         self.head = ResidualMLP(layers, config.head, features, config.bn_eps)
         # Means, then deviations before softplus.
         self.latent = layers.linear(config.head.width, config.z_dim * (2 if config.output == "stochastic" else 1))
-
-    @classmethod
-    def from_pretrained(cls, name: str | os.PathLike[str] | None = None, **options: Any) -> Encoder:
-        """The encoder of a model alone; `name` and options as for `bigbigan.load`."""
-        from bigbigan.hub import load
-
-        return load(name, parts=("encoder",), **options).part("encoder")
 
     @property
     def num_features(self) -> int:
@@ -84,16 +83,15 @@ class Encoder(nn.Module):
         """
         wide = torch.promote_types(x.dtype, torch.float32)  # half precision would lose the mean
         pooled = self.forward_features(x).mean(dim=(2, 3), dtype=wide).to(x.dtype)  # [N, num_features]
-        h = self.feature_norm(pooled)  # [N, num_features]
-        crelu = torch.cat([F.relu(h), F.relu(-h)], dim=1)  # [N, 2 * num_features]
+        bn_crelu = crelu(self.feature_norm(pooled))  # [N, 2 * num_features]
         latent = self.latent(self.head(pooled)).to(x.dtype)  # [N, z_dim], or twice that
         if self.config.output != "stochastic":
             mean = torch.tanh(latent) if self.config.output == "tanh" else latent
-            return EncoderOutput(mean, mean, torch.zeros_like(mean), pooled, crelu)
+            return EncoderOutput(mean, mean, torch.zeros_like(mean), pooled, bn_crelu)
         mean, raw = latent.chunk(2, dim=1)  # [N, z_dim] each
         stdev = F.softplus(raw)  # [N, z_dim]
         if noise is None:
             generator = torch.Generator(mean.device)
             generator.seed()
             noise = torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
-        return EncoderOutput(mean + noise * stdev, mean, stdev, pooled, crelu)
+        return EncoderOutput(mean + noise * stdev, mean, stdev, pooled, bn_crelu)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bigbigan.config import GENERATOR_CHANNELS, GeneratorConfig
 from bigbigan.layers import ConditionalNormReLU, Layers, NormReLU, SelfAttention, UpsampleConv2d, upsample_nearest
+from bigbigan.pretrained import Pretrained
 
 
 class GeneratorBlock(nn.Module):
@@ -31,12 +29,14 @@ class GeneratorBlock(nn.Module):
         return h + upsample_nearest(self.shortcut(x))
 
 
-class Generator(nn.Module):
+class Generator(nn.Module, Pretrained):
     """Draws images from latents.
 
     `spectral_norm=True` builds the training form, with `config.shared_dim` values learned in place of a class
     embedding; otherwise weights are plain and that vector's products are biases.
     """
+
+    part = "generator"
 
     def __init__(self, config: GeneratorConfig, *, spectral_norm: bool = False):
         super().__init__()
@@ -55,13 +55,6 @@ class Generator(nn.Module):
         self.attention = SelfAttention(layers, widths[self.attention_index + 1]) if self.attention_index >= 0 else None
         self.norm = NormReLU(widths[-1], config.bn_eps)
         self.conv = layers.conv2d(widths[-1], config.image_channels, 3)
-
-    @classmethod
-    def from_pretrained(cls, name: str | os.PathLike[str] | None = None, **options: Any) -> Generator:
-        """The generator of a model alone; `name` and options as for `bigbigan.load`."""
-        from bigbigan.hub import load
-
-        return load(name, parts=("generator",), **options).part("generator")
 
     def forward(self, z: Tensor) -> Tensor:
         """z: [N, z_dim] -> images [N, image_channels, resolution, resolution] in [-1, 1]."""

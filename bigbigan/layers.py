@@ -10,10 +10,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.distributed
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bigbigan.config import MLPConfig
+from bigbigan.crossreplica import Moments, batch_norm, batch_norm_and_moments
 
 SPECTRAL_NORM_EPS = 1e-4  # as in DeepMind's released BigGAN
 
@@ -31,7 +33,9 @@ class SpectralNorm:
     def power_iteration(self) -> tuple[Tensor, Tensor]:
         """sigma (differentiable in the weight) and the next u, from the stored one."""
         matrix = self.weight.flatten(1)  # [out, in * kh * kw]
-        with torch.autocast(matrix.device.type, enabled=False):
+        # Meta tensors, on which the cost of a step is counted, know no autocast.
+        device = "cpu" if matrix.is_meta else matrix.device.type
+        with torch.autocast(device, enabled=False):
             with torch.no_grad():
                 v = F.normalize(self.u @ matrix, dim=1, eps=SPECTRAL_NORM_EPS)  # [1, in * kh * kw]
             product = v @ matrix.t()  # [1, out]
@@ -96,6 +100,8 @@ class BatchNorm(nn.Module):
 
     Training normalises by the batch. Evaluation uses `running_mean` and `running_var`, which hold **standing
     statistics**: the mean over many training-mode passes, written by `StandingStatistics`.
+
+    With a `group` (`synchronize_batch_norm`) the batch is that of all processes.
     """
 
     running_mean: Tensor
@@ -109,30 +115,47 @@ class BatchNorm(nn.Module):
         self.register_buffer("running_mean", torch.zeros(channels))
         self.register_buffer("running_var", torch.ones(channels))
         self.accumulator: tuple[Tensor, Tensor] | None = None
+        self.group: torch.distributed.ProcessGroup | None = None
+        self.tape: dict[nn.Module, Moments] | None = None  # moments of a pass that reversible back-propagation repeats
 
     def forward(self, x: Tensor) -> Tensor:
         return self.normalize(x, self.weight, self.bias)
 
     def normalize(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        if self.tape and self in self.tape:
+            return batch_norm(x, self.tape[self], weight, bias, self.eps, self.group)
         if not self.training:
             return F.batch_norm(x, self.running_mean, self.running_var, weight, bias, False, 0.0, self.eps)
+        out, moments = batch_norm_and_moments(x, weight, bias, self.eps, self.group)
         if self.accumulator is not None:
-            wide = x.detach().to(torch.promote_types(x.dtype, torch.float32))
-            rows = wide.transpose(0, 1).flatten(1)  # [C, N * H * W]
-            var, mean = torch.var_mean(rows, dim=1, correction=0)
-            self.accumulator[0].add_(mean)
-            self.accumulator[1].add_(var)
-        return F.batch_norm(x, None, None, weight, bias, True, 0.0, self.eps)
+            self.accumulator[0].add_(moments.mean)
+            self.accumulator[1].add_(moments.var)
+        if self.tape is not None:
+            self.tape[self] = moments
+        return out
 
     def extra_repr(self) -> str:
         return f"{self.channels}, eps={self.eps:g}, affine={self.weight is not None}"
+
+
+def synchronize_batch_norm(module: nn.Module, group: torch.distributed.ProcessGroup | None) -> None:
+    """Lets every `BatchNorm` train on the batches of all processes of `group` together; None restores it.
+
+    Evaluation and the state dict stay as they are. Every process has to run the same passes, forward and backward.
+    A group of the norms' own (`torch.distributed.new_group()`) keeps their collectives apart from others. A module
+    with a group cannot be copied by `copy.deepcopy`.
+    """
+    for layer in module.modules():
+        if isinstance(layer, BatchNorm):
+            layer.group = group
 
 
 class StandingStatistics:
     """Context in which training-mode passes are averaged into the evaluation statistics of every `BatchNorm`.
 
     Means and variances are averaged with equal weight a pass, in float64 (BigGAN, appendix: "standing statistics").
-    The module is put in training mode inside and returned to its modes after; on an error nothing is written.
+    The module is put in training mode inside and returned to its modes after; on an error nothing is written. In a
+    synchronised module the passes are over all processes' batches, and every process writes the same numbers.
     """
 
     def __init__(self, module: nn.Module):

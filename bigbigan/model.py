@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import fields
 from typing import Any, Literal
 
@@ -16,16 +16,31 @@ from PIL import Image
 from torch import Tensor, nn
 
 from bigbigan import images as image_io
-from bigbigan.config import PARTS, BigBiGANConfig, ModelInfo, select_parts
+from bigbigan.config import (
+    PARTS,
+    BigBiGANConfig,
+    DiscriminatorConfig,
+    EncoderConfig,
+    GeneratorConfig,
+    MLPDiscriminatorConfig,
+    MLPEncoderConfig,
+    MLPGeneratorConfig,
+    ModelInfo,
+    select_parts,
+)
 from bigbigan.discriminator import Discriminator, DiscriminatorOutput
 from bigbigan.encoder import Encoder, EncoderOutput
 from bigbigan.generator import Generator
 from bigbigan.images import ImageLike
+from bigbigan.mlp import MLPDiscriminator, MLPEncoder, MLPGenerator
 
-PART_CLASSES: dict[str, type[Generator | Encoder | Discriminator]] = {
-    "generator": Generator,
-    "encoder": Encoder,
-    "discriminator": Discriminator,
+PART_CLASSES: dict[type, Callable[..., nn.Module]] = {  # by the class of a part's configuration
+    GeneratorConfig: Generator,
+    EncoderConfig: Encoder,
+    DiscriminatorConfig: Discriminator,
+    MLPGeneratorConfig: MLPGenerator,
+    MLPEncoderConfig: MLPEncoder,
+    MLPDiscriminatorConfig: MLPDiscriminator,
 }
 TruncationMode = Literal["resample", "scale"]
 _LATENT_STREAM, _NOISE_STREAM = 0, 1
@@ -38,9 +53,9 @@ class BigBiGAN(nn.Module):
     the result beyond rounding; for gradients call `model.generator`, `model.encoder` and `model.discriminator`.
     """
 
-    generator: Generator | None
-    encoder: Encoder | None
-    discriminator: Discriminator | None
+    generator: Generator | MLPGenerator | None
+    encoder: Encoder | MLPEncoder | None
+    discriminator: Discriminator | MLPDiscriminator | None
 
     def __init__(
         self, config: BigBiGANConfig, parts: Sequence[str] | None = None, info: ModelInfo | None = None
@@ -49,7 +64,8 @@ class BigBiGAN(nn.Module):
         self.config, self.info = config, info or ModelInfo()
         wanted = select_parts(parts, config.parts, "this architecture")
         for name in PARTS:
-            self.add_module(name, PART_CLASSES[name](getattr(config, name)) if name in wanted else None)
+            part = getattr(config, name)
+            self.add_module(name, PART_CLASSES[type(part)](part) if name in wanted else None)
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -199,9 +215,9 @@ class BigBiGAN(nn.Module):
 
     @torch.no_grad()
     def discriminate(
-        self, x: ImageLike | Sequence[ImageLike], z: Tensor, *, batch_size: int = 32
+        self, x: ImageLike | Sequence[ImageLike], z: Tensor | None = None, *, batch_size: int = 32
     ) -> DiscriminatorOutput:
-        """Scores score_x, score_z and score_xz, [N] each, of pairs of image and latent.
+        """Scores score_x, score_z and score_xz, [N] each, of pairs of image and latent; of images if s_x is all.
 
         x is a tensor [N, C, S, S] in [-1, 1] at the discriminator's resolution, or anything that `preprocess` takes,
         which is then mean-pooled from the encoder's resolution.
@@ -215,10 +231,14 @@ class BigBiGAN(nn.Module):
                 big = self.preprocess(chunk, first=sum(map(len, pooled)))  # [n, C, S, S] at E's resolution
                 pooled.append(F.avg_pool2d(big, big.shape[-1] // size))
             x = torch.cat(pooled)
-        x, z = x.to(self.device, self.dtype), self._check_latents(z)
-        if x.ndim != 4 or len(x) != len(z):
-            raise ValueError(f"x is {list(x.shape)}, z {list(z.shape)}; expected [N, C, {size}, {size}] and [N, z_dim]")
-        out = [network(a, b) for a, b in zip(x.split(batch_size), z.split(batch_size), strict=True)]
+        x = x.to(self.device, self.dtype)
+        z = None if z is None else self._check_latents(z)
+        n = len(x) if z is None else len(z)
+        if x.ndim != 4 or len(x) != n or n == 0:
+            latents = z if z is None else list(z.shape)
+            raise ValueError(f"x is {list(x.shape)}, z {latents}; expected [N, C, {size}, {size}] and [N, z_dim]")
+        starts = range(0, n, batch_size)
+        out = [network(x[i : i + batch_size], None if z is None else z[i : i + batch_size]) for i in starts]
         scores = ([getattr(part, f.name) for part in out] for f in fields(DiscriminatorOutput))
         return DiscriminatorOutput(*(None if column[0] is None else torch.cat(column) for column in scores))
 

@@ -7,6 +7,8 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from bigbigan.config import BigBiGANConfig, DiscriminatorConfig
+
 if TYPE_CHECKING:
     from bigbigan.model import BigBiGAN
 
@@ -20,7 +22,8 @@ USES = {
 def model_card(model: BigBiGAN, where: str = "path/to/this/folder") -> str:
     """Text of README.md; `where` is what `load` takes to get the model (a folder, or `org/name` on the Hub)."""
     info = model.info
-    name = _line(info.name) or "BigBiGAN model"
+    method, title, arxiv = _method(model.config)
+    name = _line(info.name) or f"{method} model"
     code = [
         "from bigbigan import load",
         "",
@@ -36,8 +39,8 @@ def model_card(model: BigBiGAN, where: str = "path/to/this/folder") -> str:
     sections = [
         _metadata(model),
         f"# {name}",
-        f"BigBiGAN ({', '.join(model.parts)}) for the Python package `bigbigan`. The method is that of "
-        "[Large Scale Adversarial Representation Learning](https://arxiv.org/abs/1907.02544).",
+        f"{method} ({', '.join(model.parts)}) for the Python package `bigbigan`. The method is that of "
+        f"[{title}](https://arxiv.org/abs/{arxiv}).",
         "```python\n" + "\n".join(code) + "\n```",
         _table(("File", "Values", "Type", "Size"), parts),
         "`config.json` has the architecture, and the size and SHA-256 of each file; loading checks them.",
@@ -49,6 +52,18 @@ def model_card(model: BigBiGAN, where: str = "path/to/this/folder") -> str:
     for key, rows in tables.items():  # such as a converted model's differences to its source, output by output
         sections += [f"### {_line(key)}", _table(tuple(rows[0]), [tuple(map(str, row.values())) for row in rows])]
     return "\n\n".join(sections) + "\n"
+
+
+def _method(config: BigBiGANConfig) -> tuple[str, str, str]:
+    """Name, title and arXiv number of the method that has these parts and scores."""
+    d = config.discriminator
+    if isinstance(d, DiscriminatorConfig) and d.rotation_head and config.encoder is None:
+        return "SS-GAN", "Self-Supervised GANs via Auxiliary Rotation Loss", "1811.11212"
+    if d and d.scores == ("x",):
+        return "BigGAN", "Large Scale GAN Training for High Fidelity Natural Image Synthesis", "1809.11096"
+    if d and d.scores == ("xz",):
+        return "BiGAN", "Adversarial Feature Learning", "1605.09782"
+    return "BigBiGAN", "Large Scale Adversarial Representation Learning", "1907.02544"
 
 
 def _metadata(model: BigBiGAN) -> str:

@@ -285,9 +285,9 @@ def save_folder(model: BigBiGAN, folder: str | os.PathLike[str], *, card: str | 
 
 
 def _plain_state(model: BigBiGAN, part: str) -> dict[str, Tensor]:
-    state = getattr(model, part).state_dict()
+    state, config = getattr(model, part).state_dict(), getattr(model.config, part)
     with torch.device("meta"):
-        wanted = _shapes(PART_CLASSES[part](getattr(model.config, part)))
+        wanted = _shapes(PART_CLASSES[type(config)](config))
     if difference := _difference({name: tuple(tensor.shape) for name, tensor in state.items()}, wanted):
         raise WeightsError(f"the {part} is not in its plain inference form. {difference}")
     dtypes = {tensor.dtype for tensor in state.values()}

@@ -1,4 +1,4 @@
-"""Named architectures: the two that DeepMind released, every row of the paper's Table 1, and small ones."""
+"""Named architectures: the two that DeepMind released, every row of the paper's Table 1, small ones, and baselines."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ from bigbigan.config import (
     EncoderConfig,
     GeneratorConfig,
     MLPConfig,
+    MLPDiscriminatorConfig,
+    MLPEncoderConfig,
+    MLPGeneratorConfig,
     PreprocessConfig,
     Resolution,
 )
@@ -58,9 +61,17 @@ def imagenet(encoder: EncoderConfig | None, *, resolution: Resolution = 128, bas
     )
 
 
-def _scores(config: BigBiGANConfig, *scores: Literal["x", "z", "xz"]) -> BigBiGANConfig:
-    assert config.discriminator
-    return replace(config, discriminator=replace(config.discriminator, scores=scores))
+def _scores(config: BigBiGANConfig, *scores: Literal["x", "z", "xz"], rotation_head: bool = False) -> BigBiGANConfig:
+    assert isinstance(config.discriminator, DiscriminatorConfig)
+    discriminator = replace(config.discriminator, scores=scores, rotation_head=rotation_head)
+    return replace(config, discriminator=discriminator)
+
+
+def _bigan(config: BigBiGANConfig) -> BigBiGANConfig:
+    """Pairs alone are scored; latents are uniform, E is deterministic and bounded (BiGAN)."""
+    assert isinstance(config.generator, GeneratorConfig) and isinstance(config.encoder, EncoderConfig)
+    generator, encoder = replace(config.generator, prior="uniform"), replace(config.encoder, output="tanh")
+    return _scores(replace(config, generator=generator, encoder=encoder), "xz")
 
 
 def small(
@@ -92,7 +103,7 @@ def small(
 _R50_128, _R50 = EncoderConfig(128), EncoderConfig(256)
 _REVNET = EncoderConfig(256, architecture="revnet")
 _BASE = imagenet(_R50_128)
-_GREY = PreprocessConfig(28, pad=2, polarity="light-on-dark")
+_GREY_SMALL = small(1, PreprocessConfig(28, pad=2, polarity="light-on-dark"))
 
 _TABLE_1: dict[str, tuple[BigBiGANConfig, str]] = {
     "base": (_BASE, "Base: ResNet-50 encoder, everything at 128 pixels"),
@@ -116,12 +127,44 @@ _TABLE_1: dict[str, tuple[BigBiGANConfig, str]] = {
     "revnet50x4": (imagenet(replace(_REVNET, base_channels=256)), "RevNet x4 (up E LR): released by DeepMind"),
 }
 _SMALL: dict[str, tuple[BigBiGANConfig, str, str]] = {
-    "fashion-mnist-32": (small(1, _GREY), "Fashion-MNIST, grey", "trained by this project"),
-    "mnist-32": (small(1, _GREY), "MNIST, grey", "this project"),
+    "fashion-mnist-32": (_GREY_SMALL, "Fashion-MNIST, grey", "trained by this project"),
+    "mnist-32": (_GREY_SMALL, "MNIST, grey", "this project"),
     "cifar10-32": (small(3, PreprocessConfig(32)), "CIFAR-10", "this project"),
     "tiny": (
         small(3, PreprocessConfig(32), base_channels=2, encoder_channels=4, z_chunk=2, mlp=16, head=16),
         "for trying things out in seconds",
+        "this project",
+    ),
+}
+_GREY_GAN = replace(_GREY_SMALL, encoder=None)
+_NO_E = _TABLE_1["no-e"][0]
+_OTHER_METHODS: dict[str, tuple[BigBiGANConfig, str, str]] = {
+    "bigan-mnist-mlp": (
+        BigBiGANConfig(
+            MLPGeneratorConfig(),
+            MLPEncoderConfig(),
+            MLPDiscriminatorConfig(),
+            PreprocessConfig(28, polarity="light-on-dark"),
+        ),
+        "BiGAN, permutation-invariant MNIST: fully connected, 28 pixels",
+        "BiGAN paper, jeffdonahue/bigan",
+    ),
+    "bigan-mnist-32": (_bigan(_GREY_SMALL), "BiGAN with convolutions, MNIST, grey", "this project"),
+    "bigan-fashion-mnist-32": (_bigan(_GREY_SMALL), "BiGAN with convolutions, Fashion-MNIST, grey", "this project"),
+    "biggan-imagenet-128": (_NO_E, "BigGAN without labels: F and s_x alone", "BigGAN paper, google/compare_gan"),
+    "biggan-fashion-mnist-32": (
+        _scores(_GREY_GAN, "x"),
+        "BigGAN without labels, Fashion-MNIST, grey: F and s_x alone",
+        "this project",
+    ),
+    "ssgan-imagenet-128": (
+        _scores(_NO_E, "x", rotation_head=True),
+        "SS-GAN: BigGAN without labels and a rotation head",
+        "SS-GAN paper, google/compare_gan",
+    ),
+    "ssgan-fashion-mnist-32": (
+        _scores(_GREY_GAN, "x", rotation_head=True),
+        "SS-GAN, Fashion-MNIST, grey: F, s_x and a rotation head",
         "this project",
     ),
 }
@@ -131,6 +174,7 @@ PRESETS: dict[str, Preset] = {
     for preset in (
         *(Preset(f"bigbigan-{k}", c, f"Table 1, {d}", "BigBiGAN paper") for k, (c, d) in _TABLE_1.items()),
         *(Preset(f"bigbigan-{k}", c, d, origin) for k, (c, d, origin) in _SMALL.items()),
+        *(Preset(k, c, d, origin) for k, (c, d, origin) in _OTHER_METHODS.items()),
     )
 }
 

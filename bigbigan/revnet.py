@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from bigbigan.config import EncoderConfig
 from bigbigan.layers import Layers, NormReLU
 from bigbigan.resnet import Stem, StridedConv2d, final_norm
+from bigbigan.reversible import couple, reversible
 
 
 class RevNetUnit(nn.Module):
-    """(x1, x2) -> (x2, x1 + f(x2)) with f a pre-activation bottleneck on half the channels."""
+    """f of (x1, x2) -> (x2, x1 + f(x2)): a pre-activation bottleneck on one stream, half the channels."""
 
     def __init__(self, layers: Layers, config: EncoderConfig, channels: int):
         super().__init__()
@@ -30,17 +31,18 @@ class RevNetUnit(nn.Module):
             for a, b, k in zip(widths[:-1], widths[1:], (1, 3, 1), strict=True)
         )
 
-    def residual(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # [N, channels / 2, H, W], before and after
         for norm, conv in zip(self.norms, self.convs, strict=True):
             x = conv(norm(x))  # [N, channels / 8, H, W], at last [N, channels / 2, H, W]
         return x
 
-    def forward(self, x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor]:  # [N, channels / 2, H, W] each
-        return x2, x1 + self.residual(x2)
-
 
 class RevNet(nn.Module):
-    """Stem, reversible stages and final norm: [N, C, S, S] -> [N, num_features, S / 32, S / 32]."""
+    """Stem, reversible stages and final norm: [N, C, S, S] -> [N, num_features, S / 32, S / 32].
+
+    Where the attribute `reversible` is set, training passes recompute the activations of a stage in the backward pass
+    from its output (`bigbigan.reversible`): less memory for more time, the same results.
+    """
 
     def __init__(self, config: EncoderConfig, layers: Layers):
         super().__init__()
@@ -51,6 +53,7 @@ class RevNet(nn.Module):
             for width, depth in zip(widths, config.depths, strict=True)
         )
         self.norm = final_norm(config)
+        self.reversible = False
 
     def forward(self, x: Tensor) -> Tensor:
         x1, x2 = self.stem(x).chunk(2, dim=1)  # [N, 2 * base_channels, S / 4, S / 4] each
@@ -59,6 +62,6 @@ class RevNet(nn.Module):
                 half = x1.shape[1]
                 x1 = F.pad(F.avg_pool2d(x1, 2, ceil_mode=True), (0, 0, 0, 0, half, 0))
                 x2 = F.pad(F.avg_pool2d(x2, 2, ceil_mode=True), (0, 0, 0, 0, 0, half))
-            for unit in cast(nn.ModuleList, stage):
-                x1, x2 = unit(x1, x2)  # [N, 2^(i + 1) * base_channels, S / 2^(i + 2), …] each
+            run = reversible if self.reversible and self.training and torch.is_grad_enabled() else couple
+            x1, x2 = run(cast(nn.ModuleList, stage), x1, x2)  # [N, 2^(i + 1) * base_channels, S / 2^(i + 2), …] each
         return self.norm(torch.cat([x1, x2], dim=1))

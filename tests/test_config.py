@@ -17,6 +17,9 @@ from bigbigan.config import (
     EncoderConfig,
     GeneratorConfig,
     MLPConfig,
+    MLPDiscriminatorConfig,
+    MLPEncoderConfig,
+    MLPGeneratorConfig,
     ModelInfo,
     PreprocessConfig,
     from_dict,
@@ -126,6 +129,35 @@ def test_an_integer_will_do_for_a_float_but_nothing_else() -> None:
         from_dict(EncoderConfig, data)
 
 
+MLP_DATA = to_dict(
+    BigBiGANConfig(MLPGeneratorConfig(), MLPEncoderConfig(), MLPDiscriminatorConfig(), PreprocessConfig(28))
+)
+
+
+@pytest.mark.parametrize("part", ["generator", "encoder", "discriminator"])
+def test_unions_are_as_closed_as_their_members(part: str) -> None:
+    for field in MLP_DATA[part]:
+        data = copy.deepcopy(MLP_DATA)
+        del data[part][field]
+        # Without the architecture the data are read as those of a convolutional part.
+        refused(data, f"{part} has unknown fields: .*width" if field == "architecture" else f"lacks fields: {field}$")
+    for name, value in (("surprise", 1), ("base_channels", 4), ("output", "tanh"), ("scores", ["xz"])):
+        refused({**MLP_DATA, part: {**MLP_DATA[part], name: value}}, f"{part} has unknown fields: {name}$")
+    for value in (True, 1, None, {}, ["mlp"], "MLP", "mlp "):
+        refused({**MLP_DATA, part: {**MLP_DATA[part], "architecture": value}}, rf"{part}\.architecture is .*'mlp'$")
+    refused({**DATA, part: {**DATA[part], "architecture": "mlp"}}, f"{part} has unknown fields")
+
+
+def test_parts_of_both_kinds_go_together_if_their_sizes_agree() -> None:
+    encoder = EncoderConfig(28, 1, z_dim=50, output="tanh")
+    config = BigBiGANConfig(MLPGeneratorConfig(), encoder, MLPDiscriminatorConfig(), PreprocessConfig(28))
+    assert from_dict(BigBiGANConfig, to_dict(config)) == config
+    with pytest.raises(ConfigError, match="z_dim differs between parts.*'MLPGeneratorConfig': 50.*: 120"):
+        dataclasses.replace(config, encoder=dataclasses.replace(encoder, z_dim=120))
+    with pytest.raises(ConfigError, match="uniform prior"):
+        dataclasses.replace(config, encoder=dataclasses.replace(encoder, output="stochastic"))
+
+
 @pytest.mark.parametrize("data", [None, [], "generator", 3, True])
 def test_only_objects_are_configurations(data: Any) -> None:
     refused(data, "not an object")
@@ -147,6 +179,13 @@ RANGES: list[tuple[type, str, Any, Any]] = [  # lowest and highest that are allo
     (EncoderConfig, "feature_norm_eps", 1e-12, 0.1),
     (DiscriminatorConfig, "base_channels", 1, 1024),
     (DiscriminatorConfig, "z_dim", 1, 4096),
+    (MLPGeneratorConfig, "resolution", 2, 256),
+    (MLPGeneratorConfig, "width", 1, 4096),
+    (MLPGeneratorConfig, "bn_eps", 1e-12, 0.1),
+    (MLPEncoderConfig, "image_channels", 1, 4),
+    (MLPEncoderConfig, "feature_norm_eps", 1e-12, 0.1),
+    (MLPEncoderConfig, "negative_slope", 0, 1),
+    (MLPDiscriminatorConfig, "z_dim", 1, 4096),
     (PreprocessConfig, "size", 2, 4096),
     (PreprocessConfig, "pad", 0, 256),
 ]
@@ -228,8 +267,10 @@ def test_preprocessing_must_fit_a_discriminator_without_an_encoder() -> None:
         lambda: EncoderConfig(stem_padding="SAME"),
         lambda: MLPConfig(order="Pre"),
         lambda: DiscriminatorConfig(combine="add"),
+        lambda: MLPGeneratorConfig(prior="gaussian"),
+        lambda: MLPEncoderConfig(architecture="resnet"),
     ],
-    ids=["G", "F", "upsample_mode", "output", "stem_padding", "order", "combine"],
+    ids=["G", "F", "upsample_mode", "output", "stem_padding", "order", "combine", "prior", "architecture"],
 )
 def test_a_choice_that_does_not_exist_is_refused_in_python_too(make: Any) -> None:
     with pytest.raises(ConfigError):
@@ -301,6 +342,20 @@ def test_small_presets_draw_32_pixels(name: str, channels: int) -> None:
     assert config.generator.resolution == config.encoder.resolution == config.discriminator.resolution == 32
     assert config.image_channels == channels and config.encoder.stem == "small" and config.encoder.block == "basic"
     assert (config.preprocess.size, config.preprocess.pad) == ((28, 2) if channels == 1 else (32, 0))
+
+
+def test_presets_of_other_methods_differ_in_what_the_method_says() -> None:
+    small = get_preset("bigbigan-fashion-mnist-32").config
+    for name in ("bigan-mnist-32", "bigan-fashion-mnist-32"):
+        config = get_preset(name).config
+        assert (config.generator.prior, config.encoder.output) == ("uniform", "tanh")
+        assert config.discriminator == dataclasses.replace(small.discriminator, scores=("xz",))
+    for scale, full in (("fashion-mnist-32", small), ("imagenet-128", BASE)):
+        gan, rotation = (get_preset(f"{method}-{scale}").config for method in ("biggan", "ssgan"))
+        assert gan.parts == rotation.parts == ("generator", "discriminator")
+        assert gan.generator == rotation.generator == full.generator
+        assert gan.discriminator == dataclasses.replace(full.discriminator, scores=("x",))
+        assert rotation.discriminator == dataclasses.replace(gan.discriminator, rotation_head=True)
 
 
 def test_preset_names_are_forgiving_and_misses_get_a_hint() -> None:

@@ -366,6 +366,20 @@ def test_absent_scores_stay_absent() -> None:
     assert out.score_x.shape == (3,) and out.score_z is None and out.score_xz is None and len(out.present()) == 1
 
 
+def test_images_alone_are_scored_and_their_rotation_told() -> None:
+    config = dataclasses.replace(TINY.discriminator, scores=("x",), rotation_head=True)
+    model = only("discriminator", config=dataclasses.replace(TINY, discriminator=config))
+    x = random_images(3, 3, 32, 32).float()
+    out = model.discriminate(x, batch_size=2)
+    close(out.score_x, model.discriminator(x).score_x, 1e-5)
+    close(out.rotation, model.discriminator(x).rotation, 1e-5)
+    assert out.rotation.shape == (3, 4)
+    with pytest.raises(ValueError, match="expected"):
+        model.discriminate(x[:0])
+    with pytest.raises(ValueError, match="scores x, z, xz need latents"):
+        only("discriminator").discriminate(x)
+
+
 def test_pairs_that_do_not_match_are_refused(model: BigBiGAN) -> None:
     x = random_images(3, 3, 32, 32)
     for images, z in ((x, torch.zeros(2, Z_DIM)), (x, torch.zeros(3, Z_DIM + 1)), (x[0], torch.zeros(1, Z_DIM))):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import numpy as np
 import pytest
 import reference
 import torch
@@ -16,7 +17,8 @@ from bigbigan.discriminator import Discriminator
 from bigbigan.encoder import Encoder
 from bigbigan.generator import Generator
 from bigbigan.layers import effective_state
-from bigbigan.presets import get_preset
+from bigbigan.model import BigBiGAN
+from bigbigan.presets import PRESETS, get_preset
 
 HEAD = MLPConfig(8, 4)
 
@@ -97,6 +99,25 @@ def test_released_models_give_the_signatures_of_their_modules(name: str, feature
     assert images.shape == (2, 3, 128, 128) and generator.upsample(images).shape == (2, 3, 256, 256)
     scores = on_meta(Discriminator, config.discriminator).eval()(images, torch.empty(2, 120, device="meta"))
     assert [score.shape for score in scores.present()] == [(2,)] * 3
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_is_a_network_whose_parts_fit(name: str) -> None:
+    config = get_preset(name).config
+    model = on_meta(BigBiGAN, config).eval()
+    assert model.parts == config.parts and parameters(model) > 0
+    z = torch.empty(2, config.z_dim, device="meta")
+    images = model.generator(z)
+    side, size = config.generator.resolution, config.generator.upsample_size
+    assert images.shape == (2, config.image_channels, side, side)
+    assert model.generator.upsample(images).shape == (2, config.image_channels, size, size)
+    if model.encoder is not None:
+        side = config.encoder.resolution
+        out = model.encoder(torch.empty(2, config.image_channels, side, side, device="meta"), z)
+        assert out.z_sample.shape == z.shape and out.avepool_feat.shape == (2, model.encoder.num_features)
+    out = model.discriminator(images, z)
+    assert [score.shape for score in out.present()] == [(2,)] * len(config.discriminator.scores)
+    assert (out.rotation is not None) == config.discriminator.rotation_head
 
 
 # ---- generator ----
@@ -265,6 +286,35 @@ def test_an_absent_score_has_no_weights() -> None:
     assert names == {"f", "score_x"}
     names = {name.split(".")[0] for name in tiny_discriminator(scores=("xz",)).state_dict()}
     assert names == {"f", "h", "j", "score_xz"}
+
+
+@pytest.mark.parametrize("spectral_norm", [False, True])
+def test_rotation_head(spectral_norm: bool) -> None:
+    config = DiscriminatorConfig(32, 3, 2, 5, 0, HEAD, HEAD, scores=("x",), rotation_head=True)
+    network = randomize(Discriminator(config, spectral_norm=spectral_norm)).eval()
+    weight, bias = (network.state_dict()[f"rotation.{name}"].numpy() for name in ("weight", "bias"))
+    assert weight.shape == (4, 8) and bias.any()
+    assert parameters(network) - parameters(Discriminator(dataclasses.replace(config, rotation_head=False))) == 36
+    if spectral_norm:
+        layer = network.rotation
+        layer.u.copy_(torch.linalg.svd(layer.weight.detach()).U[None, :, 0])
+        weight = weight / np.linalg.norm(weight, 2)
+    x = random_images(3, 3, 32, 32)
+    out = network(x)
+    f = network.f(x).detach().numpy()
+    close(out.rotation, torch.from_numpy(f @ weight.T + bias))
+    assert out.present() == [out.score_x]
+    assert torch.equal(network(x, random_normal(3, 5)).rotation, out.rotation)
+    assert list(dict(effective_state(network))) == list(Discriminator(config).state_dict())
+
+
+def test_latents_may_be_left_out_where_no_score_needs_them() -> None:
+    x = random_images(3, 3, 32, 32)
+    assert tiny_discriminator(scores=("x",))(x, None).score_x.shape == (3,)
+    assert tiny_discriminator()(x, random_normal(3, 5)).rotation is None
+    for scores in (("z",), ("x", "xz")):
+        with pytest.raises(ValueError, match=f"the scores {', '.join(scores)} need latents"):
+            tiny_discriminator(scores=scores)(x)
 
 
 def test_discriminator_in_training_equals_its_inference_form() -> None:

@@ -23,7 +23,7 @@ from bigbigan.config import ConfigError
 from bigbigan.discriminator import DiscriminatorOutput
 from bigbigan.layers import SpectralNorm, advance_spectral_norm
 from bigbigan.presets import PRESETS
-from bigbigan.training import loop
+from bigbigan.training import loop, runfolder
 from bigbigan.training.config import TrainConfig
 from bigbigan.training.data import open_dataset
 from bigbigan.training.ema import EMA
@@ -123,7 +123,7 @@ def test_first_adam_step_shows_the_learning_rates() -> None:
     """With beta1 = 0, Adam's first step moves every weight with a gradient by its learning rate."""
     config = dataclasses.replace(TINY, lr_g=1e-3, lr_d=2e-3, encoder_lr_multiplier=10.0)
     state = TrainingState(config)
-    before = {name: weights(network) for name, network in state.networks().items()}
+    before = {name: weights(network) for name, network in state.networks.items()}
     train_step(state, lambda i: tiny_batch(0, i), 4)
     for name, rate in (("generator", 1e-3), ("encoder", 1e-2), ("discriminator", 2e-3)):
         network = getattr(state, name)
@@ -251,7 +251,7 @@ def test_run_leaves_pictures_metrics_and_a_model(photos: Path, tmp_path: Path) -
     model = bigbigan.load(run / "snapshots" / "images-0000000048")
     assert model.generate(2, seed=0).shape == (2, 3, 32, 32)
     assert model.info.provenance["num_images"] == 48
-    assert loop.read_run_config(run) == TINY
+    assert runfolder.read_run_config(run) == TINY
 
 
 def test_stopped_by_time_then_resumed_is_bit_identical(photos: Path, tmp_path: Path) -> None:

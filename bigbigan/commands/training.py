@@ -228,7 +228,7 @@ def _export(arguments: argparse.Namespace) -> int:
 
     from bigbigan import modelfolder
     from bigbigan.config import to_dict
-    from bigbigan.training.loop import read_run_config
+    from bigbigan.training.runfolder import read_run_config
 
     run, output = Path(arguments.folder), Path(arguments.output)
     training = to_dict(read_run_config(run))

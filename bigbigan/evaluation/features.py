@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from bigbigan.config import EncoderConfig, to_dict
+from bigbigan.config import EncoderConfig, MLPEncoderConfig, to_dict
 from bigbigan.encoder import EncoderOutput
 from bigbigan.evaluation.feature_files import feature_writer
 from bigbigan.files import atomic_write, sync
@@ -219,7 +219,7 @@ class _BatchEncoder:
                 logger.warning("out of memory with %d images at once: going on with %d", size, size // 2)
 
 
-def _widths(config: EncoderConfig) -> dict[str, int]:
+def _widths(config: EncoderConfig | MLPEncoderConfig) -> dict[str, int]:
     latents = dict.fromkeys(("z_sample", "z_mean", "z_stdev"), config.z_dim)
     return {**latents, "avepool_feat": config.num_features, "bn_crelu_feat": 2 * config.num_features}
 

@@ -2,43 +2,69 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from bigbigan.config import ModelInfo
-from bigbigan.layers import StandingStatistics, effective_state
+from bigbigan.layers import BatchNorm, StandingStatistics, effective_state
 from bigbigan.model import BigBiGAN
-from bigbigan.training.data import Batches
+from bigbigan.training.batches import Batches, Images
 from bigbigan.training.latents import draw_latents
 from bigbigan.training.step import TrainingState
 
 _STANDING_SEED = 0x57A7  # statistics of one run's snapshots come from the same images and latents
 
 
-def inference_model(state: TrainingState, images: Tensor, info: ModelInfo | None = None) -> BigBiGAN:
-    """The model as users get it, on the CPU: G and E from their averages, D as it stands.
+def inference_model(state: TrainingState, images: Tensor | Images, info: ModelInfo | None = None) -> BigBiGAN:
+    """The model as users get it, on the CPU: G and E from their averages (if there are any), D as it stands.
 
     Args:
-        images: [N, C, S, S] uint8 training images under evaluation preprocessing, for E's standing statistics; G's
-            come from latents of the prior. Both are taken once weights are final.
+        images: training images under evaluation preprocessing, [N, C, S, S] uint8 or read by index, for E's standing
+            statistics; G's come from latents of the prior. Both are taken once weights are final.
     """
     config = state.config
     model = BigBiGAN(config.model, info=info)
-    for name, network in state.networks().items():
+    for name, network in state.networks.items():
         source = state.ema[name].module if name in state.ema else network
-        getattr(model, name).load_state_dict(dict(effective_state(source)), strict=True)
-    standing_statistics(model, images, config.standing_passes, config.batch_size)
+        weights = {key: value.float().cpu() for key, value in effective_state(source)}
+        getattr(model, name).load_state_dict(weights, strict=True)
+    standing_statistics(model, images, config.standing_passes, config.batch_size, state.device)
     return model.eval().requires_grad_(True)
 
 
-def standing_statistics(model: BigBiGAN, images: Tensor, passes: int, batch_size: int) -> None:
-    """Re-estimates the batch-norm statistics of G and E in place, over `passes` batches each."""
+@torch.no_grad()
+def standing_statistics(
+    model: BigBiGAN, images: Tensor | Images, passes: int, batch_size: int, device: str | torch.device = "cpu"
+) -> None:
+    """Re-estimates the batch-norm statistics of all parts in place, over `passes` batches each, computed on `device`.
+
+    D, where it has batch norm at all (BiGAN's on MNIST), sees real and generated pairs in turn.
+    """
+    size = min(batch_size, len(images))
+    draws = Batches(images, size, _STANDING_SEED)
+
+    def z(i: int) -> Tensor:
+        assert model.generator is not None
+        prior = model.generator.config.prior
+        return draw_latents(_STANDING_SEED, i, 0, (batch_size, model.config.z_dim), prior).to(device)
+
+    def x(i: int) -> Tensor:
+        return draws.at(i * size, device)
+
+    model.to(device)
     if model.generator is not None:
         with StandingStatistics(model.generator) as statistics:
             for i in range(passes):
-                z = draw_latents(_STANDING_SEED, i, 0, (batch_size, model.config.z_dim), model.generator.config.prior)
-                statistics(z)
+                statistics(z(i))
     if model.encoder is not None:
-        batches = Batches(images, min(batch_size, len(images)), _STANDING_SEED)
         with StandingStatistics(model.encoder) as statistics:
             for i in range(passes):
-                statistics(batches.at(i * batches.batch_size))
+                statistics(x(i))
+    judge = model.discriminator
+    if judge is not None and any(isinstance(layer, BatchNorm) for layer in judge.modules()):
+        generator, encoder = model.part("generator").eval(), model.part("encoder").eval()
+        with StandingStatistics(judge) as statistics:
+            for i in range(passes):
+                statistics(x(i), encoder(x(i)).z_sample)
+                statistics(generator(z(i)), z(i))
+    model.to("cpu")

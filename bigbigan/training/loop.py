@@ -1,16 +1,11 @@
-"""The training loop: one flat function; progress counts images, and one integer (the step) says where a run stands.
-
-A run folder holds `config.json`, `metrics.jsonl`, `checkpoints/` (everything needed to go on), `samples/` (pictures)
-and `snapshots/` (model folders as `load` reads them: the newest and the best).
-"""
+"""The training loop; progress counts images, and one integer (the step) says where a run stands."""
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import json
 import logging
 import os
-import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -22,15 +17,18 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from bigbigan.config import ConfigError, ModelInfo, from_dict, to_dict
-from bigbigan.files import atomic_write
+from bigbigan.config import ConfigError, ModelInfo
+from bigbigan.training.batches import Images
 from bigbigan.training.checkpoint import load_checkpoint, load_optimizer, optimizer_tensors, save_checkpoint
 from bigbigan.training.config import TrainConfig
-from bigbigan.training.data import Batches, ImageDataset
+from bigbigan.training.distributed import Processes, join_processes
 from bigbigan.training.export import inference_model
 from bigbigan.training.latents import draw_latents
 from bigbigan.training.monitor import Monitor
+from bigbigan.training.runfolder import keep_snapshot, prepare
+from bigbigan.training.sources import ImageDataset
 from bigbigan.training.step import Batch, TrainingState, train_step
+from bigbigan.training.streaming import ImageStream
 
 logger = logging.getLogger(__name__)
 
@@ -45,166 +43,207 @@ class TrainingStopped(Exception):
 
 def train(
     config: TrainConfig,
-    dataset: ImageDataset,
+    data: ImageDataset | ImageStream,
     run: str | os.PathLike[str],
     *,
     device: str = "cpu",
     max_minutes: float | None = None,
     keep: int = 2,
+    keep_snapshots: bool = False,
+    workers: int | None = None,
+    timeout_minutes: float = 30.0,
 ) -> Path:
     """Trains until `config.total_images`, or for `max_minutes`, in the folder `run`; goes on from its checkpoint.
 
-    On SIGTERM or SIGINT the step is finished and checkpointed. Returns the run folder.
+    Under torchrun all its processes train together, to the same result as one. On SIGTERM or SIGINT the step is
+    finished and checkpointed. Returns the run folder.
+
+    Args:
+        keep: newest checkpoints that stay; that of the best snapshot stays beside them.
+        keep_snapshots: all of them, not the newest and the best alone.
+        workers: processes that decode images, for each training process; None: by the number of cores.
+        timeout_minutes: without an answer from another process, after which a process gives up.
 
     Raises:
         ConfigError: the folder holds a run with another configuration or other data.
+        ValueError: the batch does not split over the processes; too many images are unreadable.
         FloatingPointError: a loss is not finite; the last checkpoint stands.
         TrainingStopped: after a signal.
     """
-    # Load the data and the state, or the checkpoint's.
-    run, deadline = Path(run), time.monotonic() + 60 * (max_minutes or float("inf"))
-    _prepare(run, config, dataset)
-    images = dataset.decode_all(config.model.preprocess, config.model.image_channels)
-    state = TrainingState(config, device)
-    monitor = Monitor(images, dataset.labels, config)
-    step, seconds, best = _resume(state, run)
-    batches = Batches(images, config.batch_size, config.seed, augmentation=config.augmentation)
-    size, total = config.batch_size, -(-config.total_images // config.batch_size)
-
-    def make_batch(step: int, i: int) -> Batch:
-        x = batches.at((step * config.batches_per_step + i) * size)
-        shape, prior = (size, config.model.z_dim), config.model.generator.prior  # type: ignore[union-attr]
-        z, noise = (
-            draw_latents(config.seed, step, 2 * i, shape, prior),
-            draw_latents(config.seed, step, 2 * i + 1, shape),
-        )
-        x, z, noise = (t.to(state.device) for t in (x, z, noise))
-        return Batch(x.contiguous(memory_format=torch.channels_last), z, noise)
-
-    def crosses(interval: int) -> bool:  # a multiple of `interval` images lies within the last step
-        return step * size // interval > (step - 1) * size // interval or step == total
-
-    bar = tqdm(total=total * size, initial=step * size, unit="img", disable=None, desc=config.name)
-    with _signals() as received, bar, open(run / "metrics.jsonl", "a", encoding="utf-8") as log:
-        tick, tick_step = time.monotonic(), step
-        while step < total:
-            # Update D, then G and E.
-            metrics = train_step(state, functools.partial(make_batch, step), (step + 1) * size)
-            step += 1
-            bar.update(size)
-
-            # Log.
-            if crosses(config.log_images):
-                now = time.monotonic()
-                seconds, rate = seconds + now - tick, (step - tick_step) * size / (now - tick)
-                record = {"num_images": step * size, "seconds": round(seconds, 1), "images_per_second": round(rate, 1)}
-                record |= {name: round(value.item(), 5) for name, value in metrics.items()}
-                tick, tick_step = now, step
-                _write(log, record)
-                if bar.disable:
-                    logger.info("%s, %.0f minutes left", json.dumps(record), (total - step) * size / rate / 60)
-
-            # Export a snapshot, look at it, and keep it if it is the best.
-            stopping = bool(received) or time.monotonic() > deadline
-            if crosses(config.snapshot_images):
-                hours = (seconds + time.monotonic() - tick) / 3600
-                facts = {"num_images": step * size, "hours": round(hours, 2)}
-                info = ModelInfo(config.name, source="trained with the bigbigan package", provenance=facts)
-                model = inference_model(state, images, info)
-                scores = monitor(model, step * size, run / "samples")
-                _write(log, {"num_images": step * size, **scores})
-                logger.info("snapshot at %d images: %s", step * size, json.dumps(scores))
-                best = _keep_snapshot(model, run / "snapshots", step * size, scores, best)
-            if crosses(config.checkpoint_images) or stopping:
-                seconds, tick, tick_step = seconds + time.monotonic() - tick, time.monotonic(), step
-                _checkpoint(state, run, step, seconds, best, keep)
-            if received:
-                raise TrainingStopped(received[0])
+    deadline = time.monotonic() + 60 * (max_minutes or float("inf"))
+    with join_processes(device, timeout_minutes) as processes, contextlib.ExitStack() as stack:
+        state = _Run(config, data, Path(run), processes, keep, keep_snapshots, workers)
+        stack.callback(state.batches.close)
+        # A bar on a terminal.
+        bar = tqdm(total=state.total * config.batch_size, initial=state.num_images, unit="img", desc=config.name,
+                   disable=None if processes.is_main else True)  # fmt: skip
+        stack.enter_context(bar)
+        received = stack.enter_context(_signals())
+        while state.step < state.total:
+            metrics = train_step(state.training, state.make_batch, state.num_images + config.batch_size)
+            state.step += 1
+            bar.update(config.batch_size)
+            if state.crosses(config.log_images):
+                state.log(metrics, bar.disable)
+            stopping = processes.any(bool(received) or time.monotonic() > deadline)
+            improved = state.crosses(config.snapshot_images) and state.snapshot()
+            if improved or stopping or state.crosses(config.checkpoint_images):
+                state.checkpoint()
             if stopping:
+                if processes.any(bool(received)):
+                    raise TrainingStopped(received[0] if received else signal.SIGTERM)
                 break
-    return run
+    return Path(run)
 
 
-def _prepare(run: Path, config: TrainConfig, dataset: ImageDataset) -> None:
-    """Writes the run's configuration, or compares with what is there."""
-    wanted = {"train": to_dict(config), "data": {"digest": dataset.digest, "images": len(dataset)}}
-    path = run / "config.json"
-    if path.exists():
-        found = json.loads(path.read_text(encoding="utf-8"))
-        changes = list(_differences(found, wanted, ""))
-        if changes:
-            raise ConfigError(
-                f"{path} belongs to another run: {'; '.join(changes[:10])}. Choose another folder, or its settings"
-            )
-        return
-    for name in ("checkpoints", "samples", "snapshots"):
-        (run / name).mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
+class _Run:
+    """A run as one of its processes has it in memory: data, networks, and how far it is."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        data: ImageDataset | ImageStream,
+        folder: Path,
+        processes: Processes,
+        keep: int,
+        keep_snapshots: bool,
+        workers: int | None,
+    ):
+        check_split(config, processes)
+        self.config, self.folder, self.processes, self.keep = config, folder, processes, keep
+        self.keep_snapshots = keep_snapshots
+        processes.on_main(lambda: prepare(folder, config, data))
+        model, augmentation = config.model, config.augmentation
+        self.images = Images(data, model.preprocess, model.image_channels, augmentation=augmentation, workers=workers)
+        self.batches = self.images.batches(
+            config.batch_size, config.seed, rank=processes.rank, world_size=processes.world_size
+        )
+        self.monitor = Monitor(self.images, self.images.labels, config) if processes.is_main else None
+        self.training = TrainingState(config, processes.device)
+        self.step, self.total = 0, -(-config.total_images // config.batch_size)
+        self.seconds = 0.0
+        self.best: dict[str, Any] | None = None
+        self._resume()
+        processes.parallelize(self.training)
+        self.tick, self.tick_step = time.monotonic(), self.step
+
+    @property
+    def num_images(self) -> int:
+        return self.step * self.config.batch_size
+
+    def crosses(self, interval: int) -> bool:
+        """Whether a multiple of `interval` images lies within the last step, or the run is over."""
+        before = self.num_images - self.config.batch_size
+        return self.num_images // interval > before // interval or self.step == self.total
+
+    def make_batch(self, i: int) -> Batch:
+        """The i-th batch of this step: this process's share of images, latents and noise, drawn by sample number."""
+        config, training, size = self.config, self.training, self.config.batch_size
+        x = self.batches.at((self.step * config.batches_per_step + i) * size, training.device)
+        shape, prior = (size, config.model.z_dim), config.model.generator.prior  # type: ignore[union-attr]
+        z = draw_latents(config.seed, self.step, 2 * i, shape, prior)
+        noise = draw_latents(config.seed, self.step, 2 * i + 1, shape)
+        own = self.processes.share(size)
+        z, noise = (draw[own].to(training.device, training.dtype) for draw in (z, noise))
+        return Batch(x.to(training.dtype).contiguous(memory_format=torch.channels_last), z, noise)
+
+    def log(self, metrics: dict[str, torch.Tensor], lines: bool) -> None:
+        """One record in metrics.jsonl, of this process's share; as a line too where no bar is shown."""
+        images, rate = (self.step - self.tick_step) * self.config.batch_size, self._pause()
+        record = {"num_images": self.num_images, "seconds": round(self.seconds, 1)}
+        record |= {"images_per_second": round(images / rate, 1)}
+        record |= {name: round(value.item(), 5) for name, value in metrics.items()}
+        self._write(record)
+        if lines and self.processes.is_main:
+            left = (self.total * self.config.batch_size - self.num_images) * rate / images / 60
+            logger.info("%s, %.0f minutes left", json.dumps(record), left)
+
+    def snapshot(self) -> bool:
+        """Exports a model, looks at it and keeps it if it is the best; whether it is, in all processes."""
+        before = self.best
+
+        def work() -> None:
+            assert self.monitor is not None
+            hours = (self.seconds + time.monotonic() - self.tick) / 3600 * self.processes.world_size
+            facts = {"num_images": self.num_images, "hours": round(hours, 2)}
+            info = ModelInfo(self.config.name, source="trained with the bigbigan package", provenance=facts)
+            model = inference_model(self.training, self.images, info)
+            scores = self.monitor(model, self.num_images, self.folder / "samples")
+            self._write({"num_images": self.num_images, **scores})
+            logger.info("snapshot at %d images: %s", self.num_images, json.dumps(scores))
+            snapshots = self.folder / "snapshots"
+            self.best = keep_snapshot(model, snapshots, scores, self.best, self.step, keep_all=self.keep_snapshots)
+
+        self.processes.on_main(work)
+        return self.processes.any(self.best is not before)
+
+    def checkpoint(self) -> None:
+        self._pause()
+        places = self.processes.gather(self.batches.state())
+
+        def work() -> None:
+            tensors = {name: dict(network.state_dict()) for name, network in self._networks().items()}
+            extra: dict[str, Any] = {"seconds": self.seconds, "best": self.best, "data": places}
+            for name, optimizer in self._optimizers().items():
+                tensors[name], extra[name] = optimizer_tensors(optimizer)
+            protect = (self.best["step"],) if self.best else ()
+            folder = self.folder / "checkpoints"
+            save_checkpoint(folder, self.step, tensors, extra, keep=self.keep, protect=protect)
+
+        self.processes.on_main(work)
+
+    def _resume(self) -> None:
+        checkpoint = load_checkpoint(self.folder / "checkpoints")
+        if checkpoint is None:
+            return
+        for name, network in self._networks().items():
+            network.load_state_dict(checkpoint.tensors[name], strict=True)
+        for name, optimizer in self._optimizers().items():
+            load_optimizer(optimizer, checkpoint.tensors[name], checkpoint.state[name])
+        places = checkpoint.state["data"]
+        if any(places):
+            if len(places) != self.processes.world_size:
+                raise ConfigError(
+                    f"{checkpoint.path} is of {len(places)} processes, and the order of a stream depends on their "
+                    f"number: go on with as many, not {self.processes.world_size}"
+                )
+            self.batches.load_state(places[self.processes.rank])
+        if self.processes.is_main:
+            logger.info("going on from %s", checkpoint.path)
+        self.step, self.seconds, self.best = checkpoint.step, checkpoint.state["seconds"], checkpoint.state["best"]
+
+    def _networks(self) -> dict[str, nn.Module]:
+        averages = {f"ema_{name}": average.module for name, average in self.training.ema.items()}
+        return self.training.networks | averages
+
+    def _optimizers(self) -> dict[str, torch.optim.Adam]:
+        return {"optimizer_d": self.training.optimizer_d, "optimizer_ge": self.training.optimizer_ge}
+
+    def _pause(self) -> float:
+        """Adds the seconds since the last pause to the run's, and returns them."""
+        passed = time.monotonic() - self.tick
+        self.seconds, self.tick, self.tick_step = self.seconds + passed, self.tick + passed, self.step
+        return passed
+
+    def _write(self, record: dict[str, Any]) -> None:
+        if self.processes.is_main:
+            with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
 
 
-def read_run_config(run: str | os.PathLike[str]) -> TrainConfig:
-    """The configuration that a run folder was started with."""
-    path = Path(run) / "config.json"
-    if not path.is_file():
-        raise ConfigError(f"{run} is no run folder: it holds no config.json")
-    return from_dict(TrainConfig, json.loads(path.read_text(encoding="utf-8"))["train"], "train")
+def check_split(config: TrainConfig, processes: Processes) -> None:
+    """Refuses a batch that processes and micro-batches cannot share evenly.
 
-
-def _differences(found: Any, wanted: Any, where: str) -> Iterator[str]:
-    if isinstance(found, dict) and isinstance(wanted, dict):
-        for key in sorted(found.keys() | wanted.keys()):
-            yield from _differences(found.get(key), wanted.get(key), f"{where}.{key}".lstrip("."))
-    elif found != wanted:
-        yield f"{where} was {found!r}, now {wanted!r}"
-
-
-def _networks(state: TrainingState) -> dict[str, nn.Module]:
-    return state.networks() | {f"ema_{name}": average.module for name, average in state.ema.items()}
-
-
-def _checkpoint(
-    state: TrainingState, run: Path, step: int, seconds: float, best: dict[str, Any] | None, keep: int
-) -> None:
-    tensors = {name: dict(network.state_dict()) for name, network in _networks(state).items()}
-    optimizers = {"optimizer_d": state.optimizer_d, "optimizer_ge": state.optimizer_ge}
-    extra: dict[str, Any] = {"seconds": seconds, "best": best}
-    for name, optimizer in optimizers.items():
-        tensors[name], extra[name] = optimizer_tensors(optimizer)
-    save_checkpoint(run / "checkpoints", step, tensors, extra, keep=keep)
-
-
-def _resume(state: TrainingState, run: Path) -> tuple[int, float, dict[str, Any] | None]:
-    checkpoint = load_checkpoint(run / "checkpoints")
-    if checkpoint is None:
-        return 0, 0.0, None
-    for name, network in _networks(state).items():
-        network.load_state_dict(checkpoint.tensors[name], strict=True)
-    for name, optimizer in (("optimizer_d", state.optimizer_d), ("optimizer_ge", state.optimizer_ge)):
-        load_optimizer(optimizer, checkpoint.tensors[name], checkpoint.state[name])
-    logger.info("going on from %s", checkpoint.path)
-    return checkpoint.step, checkpoint.state["seconds"], checkpoint.state["best"]
-
-
-def _keep_snapshot(
-    model: Any, folder: Path, num_images: int, scores: dict[str, float], best: dict[str, Any] | None
-) -> dict[str, Any] | None:
-    """Saves the snapshot; of the others only the best stays. Best is the highest held-out linear accuracy."""
-    name = f"images-{num_images:010d}"
-    model.info.provenance["held_out"] = scores
-    model.save(folder / name)
-    score = scores.get("linear_avepool_feat")
-    if best is None or (score is not None and (best["score"] is None or score > best["score"])):
-        best = {"snapshot": name, "score": score, "num_images": num_images}
-    for other in folder.iterdir():
-        if other.name not in (name, best["snapshot"]):
-            shutil.rmtree(other)
-    return best
-
-
-def _write(log: Any, record: dict[str, Any]) -> None:
-    log.write(json.dumps(record) + "\n")
-    log.flush()
+    Raises:
+        ValueError: names the batch, and by what it has to be divisible.
+    """
+    pieces = processes.world_size * config.accumulate
+    every = 4 * config.batch_size // config.rotated_batch_size if config.rotated_batch_size else 1
+    if config.batch_size % (pieces * every):
+        raise ValueError(
+            f"a batch of {config.batch_size} does not split into {pieces} pieces ({processes.world_size} processes, "
+            f"accumulate {config.accumulate}) of multiples of {every}; set batch_size to a multiple of {pieces * every}"
+        )
 
 
 @contextmanager

@@ -11,42 +11,47 @@ from bigbigan.evaluation.linear_probe import linear_probe
 from bigbigan.grids import enlargement, make_grid, make_pairs, match_size
 from bigbigan.images import save_image
 from bigbigan.model import BigBiGAN
+from bigbigan.training.batches import Images
 from bigbigan.training.config import TrainConfig
 
-GRID_IMAGES = 32
+GRID_IMAGES, PROBE_BATCH = 32, 256
 
 
 class Monitor:
     """Scores a model by a linear probe on labelled training images, with the images it is scored on held out of the
     probe's training (the networks see all images, never a label)."""
 
-    def __init__(self, images: Tensor, labels: Tensor, config: TrainConfig):
+    def __init__(self, images: Tensor | Images, labels: Tensor, config: TrainConfig):
         self.config = config
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(config.seed))
         self.grid = images[order[:GRID_IMAGES].sort().values]
         n, held = config.probe_images, config.probe_images // 3
         labelled = order[labels[order] >= 0]
-        self.enabled = n > 0 and len(labelled) >= n + held and len(labels[labelled].unique()) > 1
-        self.images, self.labels = (
-            (images[labelled[: n + held]], labels[labelled[: n + held]]) if n else (images, labels)
-        )
+        enough = n > 0 and len(labelled) >= n + held and len(labels[labelled].unique()) > 1
+        self.chosen = labelled[: n + held] if enough and config.model.encoder is not None else None
+        self.images, self.labels = images, labels
 
     @torch.no_grad()
     def __call__(self, model: BigBiGAN, num_images: int, folder: Path) -> dict[str, float]:
-        """Writes `samples-….png` and `reconstructions-….png` (originals above reconstructions); returns scores."""
+        """Writes `samples-….png` and, with an encoder, `reconstructions-….png`; returns scores."""
+        samples = model.generate(64, seed=self.config.seed)
+        save_image(make_grid(samples, 8, scale=enlargement(samples)), folder / f"samples-{num_images:010d}.png")
+        if model.encoder is None:
+            return {}
         x = self.grid.float() / 127.5 - 1  # [N, C, S, S]
         again = model.reconstruct(x)  # [N, C, s, s]
         save_image(make_pairs(x, again), folder / f"reconstructions-{num_images:010d}.png")
-        samples = model.generate(64, seed=self.config.seed)
-        save_image(make_grid(samples, 8, scale=enlargement(samples)), folder / f"samples-{num_images:010d}.png")
         scores = {"pixel_l1": round((again - match_size(x, again)).abs().mean().item(), 5)}
-        if self.enabled:
-            out = model.encode(self.images.float() / 127.5 - 1, seed=0, batch_size=256)
-            n = self.config.probe_images
-            for name in ("avepool_feat", "bn_crelu_feat"):
-                rows = out[name]
+        if self.chosen is not None:
+            parts = [self._features(model, indices) for indices in self.chosen.split(PROBE_BATCH)]
+            labels, n = self.labels[self.chosen], self.config.probe_images
+            for name, rows in ((name, torch.cat([part[name] for part in parts])) for name in parts[0]):
                 probe = linear_probe(
-                    rows[:n], self.labels[:n], rows[n:], self.labels[n:], l2_grid=(self.config.probe_l2,), holdout=0
+                    rows[:n], labels[:n], rows[n:], labels[n:], l2_grid=(self.config.probe_l2,), holdout=0
                 )
                 scores[f"linear_{name}"] = round(probe.accuracy, 5)
         return scores
+
+    def _features(self, model: BigBiGAN, indices: Tensor) -> dict[str, Tensor]:
+        out = model.encode(self.images[indices].float() / 127.5 - 1, seed=0, batch_size=PROBE_BATCH)
+        return {name: out[name] for name in ("avepool_feat", "bn_crelu_feat")}

@@ -3,29 +3,37 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from bigbigan.discriminator import Discriminator, DiscriminatorOutput
-from bigbigan.encoder import Encoder
-from bigbigan.generator import Generator
+from bigbigan.config import PARTS
+from bigbigan.discriminator import DiscriminatorOutput
 from bigbigan.layers import advance_spectral_norm, initialize
+from bigbigan.model import PART_CLASSES
 from bigbigan.training.config import TrainConfig
 from bigbigan.training.ema import EMA
-from bigbigan.training.losses import discriminator_loss, generator_encoder_loss
+from bigbigan.training.losses import discriminator_loss, generator_encoder_loss, rotation_loss, turn
+
+INITIAL_STDEV = 0.02  # of weights under the "normal" initializer (BiGAN)
+Metrics = dict[str, list[Tensor]]  # values by name, one a D step and micro-batch
 
 
 @dataclass
 class Batch:
-    """What one pass over both kinds of pairs takes."""
+    """What one pass over both kinds of pairs takes, in this process; without an encoder there is no noise."""
 
     x: Tensor  # [N, C, S, S] real images at E's resolution
     z: Tensor  # [N, z_dim] from the prior
     noise: Tensor  # [N, z_dim] from N(0, 1), for E's sample
+
+    def split(self, pieces: int) -> Iterator[Batch]:
+        for part in zip(*(getattr(self, field.name).chunk(pieces) for field in fields(self)), strict=True):
+            yield Batch(*part)
 
 
 @dataclass
@@ -33,49 +41,90 @@ class Pairs:
     """Images and latents of real pairs (x, E(x)) and generated pairs (G(z), z), at D's resolution."""
 
     real_x: Tensor
-    real_z: Tensor
+    real_z: Tensor | None  # None without an encoder
     fake_x: Tensor
     fake_z: Tensor
 
     def detach(self) -> Pairs:
-        return Pairs(self.real_x.detach(), self.real_z.detach(), self.fake_x.detach(), self.fake_z.detach())
+        real_z = None if self.real_z is None else self.real_z.detach()
+        return Pairs(self.real_x.detach(), real_z, self.fake_x.detach(), self.fake_z.detach())
 
 
 class TrainingState:
-    """Networks in training form, their averages, and the two optimisers."""
+    """Networks in training form, their averages, and the two optimisers.
+
+    `parallel` has the networks as the step calls them in a forward pass: themselves, unless wrapped (compiled, or by
+    DistributedDataParallel).
+    """
 
     def __init__(self, config: TrainConfig, device: str | torch.device = "cpu"):
         self.config = config
         self.device = torch.device(device)
-        model = config.model
+        self.dtype = torch.float64 if config.precision == "fp64" else torch.float32
         draws = torch.Generator().manual_seed(config.seed)
-        assert model.generator and model.encoder and model.discriminator
-        with torch.device("meta"):
-            generator = Generator(model.generator, spectral_norm=True)
-            encoder = Encoder(model.encoder, spectral_norm=model.encoder.spectral_norm)
-            discriminator = Discriminator(model.discriminator, spectral_norm=True)
-        self.generator, self.encoder, self.discriminator = generator, encoder, discriminator
-        for network in self.networks().values():
-            network.to_empty(device="cpu")
-            initialize(network, draws).to(self.device)
-            network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-            network.train()
-        self.ema = {name: EMA(getattr(self, name), config.ema_halflife_images) for name in ("generator", "encoder")}
-        betas = (config.adam_beta1, config.adam_beta2)
+        self.networks: dict[str, nn.Module] = {}
+        for name in PARTS:
+            part = getattr(config.model, name)
+            if part is None:
+                continue
+            with torch.device("meta"):
+                # In G and D, but not in E (paper, appendix A), unless its configuration says so.
+                spectral_norm = name != "encoder" or getattr(part, "spectral_norm", False)
+                network = PART_CLASSES[type(part)](part, spectral_norm=spectral_norm)
+            if self.device.type != "meta":
+                _initialize(network.to_empty(device="cpu"), config, draws)
+            network.to(self.device, self.dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            self.networks[name] = network.train()
+        if (encoder := self.networks.get("encoder")) is not None:
+            encoder.feature_norm.requires_grad_(False)  # behind bn_crelu_feat, which no loss sees
+            if config.reversible:
+                encoder.trunk.reversible = True  # type: ignore[union-attr]
+        self.parallel = dict(self.networks)
+        averaged = [name for name in ("generator", "encoder") if name in self.networks and config.ema_halflife_images]
+        self.ema = {name: EMA(self.networks[name], config.ema_halflife_images) for name in averaged}
+        rates = {"generator": config.lr_g, "encoder": config.lr_g * config.encoder_lr_multiplier}
         groups = [
-            {"params": list(generator.parameters()), "lr": config.lr_g},
-            {"params": list(encoder.parameters()), "lr": config.lr_g * config.encoder_lr_multiplier},
+            {"params": list(self.networks[name].parameters()), "lr": rate, "initial_lr": rate}
+            for name, rate in rates.items()
+            if name in self.networks
         ]
-        self.optimizer_ge = torch.optim.Adam(groups, betas=betas, eps=config.adam_eps, fused=True)
-        self.optimizer_d = torch.optim.Adam(
-            discriminator.parameters(), lr=config.lr_d, betas=betas, eps=config.adam_eps, fused=True
-        )
+        self.optimizer_ge = self._adam(groups)
+        own = {"params": list(self.discriminator.parameters()), "lr": config.lr_d, "initial_lr": config.lr_d}
+        self.optimizer_d = self._adam([own])
 
-    def networks(self) -> dict[str, nn.Module]:
-        return {"generator": self.generator, "encoder": self.encoder, "discriminator": self.discriminator}
+    def _adam(self, groups: list[dict[str, object]]) -> torch.optim.Adam:
+        config = self.config
+        betas = (config.adam_beta1, config.adam_beta2)
+        return torch.optim.Adam(groups, betas=betas, eps=config.adam_eps, weight_decay=config.weight_decay, fused=True)
+
+    @property
+    def generator(self) -> nn.Module:
+        return self.networks["generator"]
+
+    @property
+    def encoder(self) -> nn.Module:
+        return self.networks["encoder"]
+
+    @property
+    def discriminator(self) -> nn.Module:
+        return self.networks["discriminator"]
 
     def autocast(self) -> contextlib.AbstractContextManager[object]:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
+        if self.config.precision != "bf16":
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16)
+
+    def all_finite(self, loss: Tensor) -> bool:
+        """Whether a loss is finite in every process."""
+        return bool(torch.isfinite(loss))
+
+
+def _initialize(network: nn.Module, config: TrainConfig, draws: torch.Generator) -> None:
+    initialize(network, draws)
+    if config.initializer == "normal":
+        for layer in network.modules():
+            if isinstance(layer, nn.Conv2d | nn.Linear):
+                nn.init.normal_(layer.weight, std=INITIAL_STDEV, generator=draws)
 
 
 def pool_to(x: Tensor, resolution: int) -> Tensor:
@@ -84,63 +133,150 @@ def pool_to(x: Tensor, resolution: int) -> Tensor:
 
 
 def make_pairs(state: TrainingState, batch: Batch) -> Pairs:
-    fake_x = state.generator(batch.z)  # [N, C, s, s]
-    real_z = state.encoder(batch.x, batch.noise).z_sample  # [N, z_dim]
+    fake_x = state.parallel["generator"](batch.z)  # [N, C, s, s]
+    encoder = state.parallel.get("encoder")
+    real_z = encoder(batch.x, batch.noise).z_sample if encoder is not None else None  # [N, z_dim]
     return Pairs(pool_to(batch.x, fake_x.shape[-1]), real_z, fake_x, batch.z)
 
 
-def score(discriminator: nn.Module, pairs: Pairs) -> tuple[DiscriminatorOutput, DiscriminatorOutput]:
-    """Scores of real and generated pairs, from one pass over both, so that they share one spectral norm."""
-    x = torch.cat([pairs.real_x, pairs.fake_x.to(pairs.real_x.dtype)])  # [2 N, C, s, s]
-    z = torch.cat([pairs.real_z.to(pairs.fake_z.dtype), pairs.fake_z])  # [2 N, z_dim]
-    out = discriminator(x, z)
-    halves = [(None, None) if s is None else s.chunk(2) for s in (out.score_x, out.score_z, out.score_xz)]
-    real, fake = zip(*halves, strict=True)
-    return DiscriminatorOutput(*real), DiscriminatorOutput(*fake)
+def score(
+    discriminator: nn.Module, pairs: Pairs, *, rotate_every: int = 0, separate: bool = False
+) -> tuple[DiscriminatorOutput, DiscriminatorOutput]:
+    """Scores of real and generated pairs, from one pass over both (or `separate` ones), under one spectral norm.
+
+    With `rotate_every` = k, each k-th image passes in its other orientations too, and the outputs' `rotation` has
+    the logits [4 M, 4] of those M images, upright first.
+    """
+    halves = [(pairs.real_x, pairs.real_z), (pairs.fake_x.to(pairs.real_x.dtype), pairs.fake_z)]
+    n = len(pairs.real_x)
+    if rotate_every:
+        halves = [(torch.cat([x, turn(x[rotate_every - 1 :: rotate_every])]), None) for x, _ in halves]
+    if separate:
+        outputs = [discriminator(x, z) for x, z in halves]
+    else:
+        x = torch.cat([x for x, _ in halves])  # [2 N, C, s, s]; with rotations [2 (N + 3 M), C, s, s]
+        latents = [z.to(pairs.fake_z.dtype) for _, z in halves if z is not None]
+        z = torch.cat(latents) if len(latents) == 2 else None  # [2 N, z_dim]
+        outputs = list(_halve(discriminator(x, z)))
+    real, fake = (_upright(output, n, rotate_every) for output in outputs)
+    return real, fake
+
+
+def _halve(output: DiscriminatorOutput) -> Iterator[DiscriminatorOutput]:
+    values = {field.name: getattr(output, field.name) for field in fields(output)}
+    for half in (0, 1):
+        yield DiscriminatorOutput(**{k: None if v is None else v.chunk(2)[half] for k, v in values.items()})
+
+
+def _upright(output: DiscriminatorOutput, n: int, rotate_every: int) -> DiscriminatorOutput:
+    if not rotate_every or output.rotation is None or output.score_x is None:
+        return output
+    upright, turned = output.rotation[:n], output.rotation[n:]
+    logits = torch.cat([upright[rotate_every - 1 :: rotate_every], turned])  # [4 M, 4]
+    return DiscriminatorOutput(output.score_x[:n], None, None, logits)
 
 
 def train_step(state: TrainingState, batches: Callable[[int], Batch], num_images: int) -> dict[str, Tensor]:
-    """One step; `batches(i)` gives its i-th batch. Returns detached losses and mean scores.
+    """One step; `batches(i)` gives its i-th batch. Returns detached losses and mean scores, averaged over D steps.
 
     Raises:
         FloatingPointError: a loss is not finite; the weights that gave it are untouched by that loss.
     """
     config, discriminator = state.config, state.discriminator
-    metrics: dict[str, Tensor] = {}
-    pairs = None
+    metrics: Metrics = {}
+    batch, pairs = None, None
     for i in range(config.d_steps):
-        last = config.reuse_batch and i == config.d_steps - 1
-        with state.autocast():
-            with contextlib.nullcontext() if last else torch.no_grad():
-                pairs = make_pairs(state, batches(i))
-            real, fake = score(discriminator, pairs.detach())
-            loss = discriminator_loss(real, fake)
-        _update(loss, "discriminator", [discriminator], state.optimizer_d)
-        metrics["loss_d"] = loss.detach()
-    for name in ("score_x", "score_z", "score_xz"):
-        if getattr(real, name) is not None:
-            metrics[f"{name}_real"] = getattr(real, name).detach().float().mean()
-            metrics[f"{name}_fake"] = getattr(fake, name).detach().float().mean()
+        batch, reuse = batches(i), config.reuse_batch and i == config.d_steps - 1
+        # Micro-batches' graphs would pile up until the G and E step; it computes those pairs again.
+        pairs = _discriminator_gradients(state, batch, reuse and config.accumulate == 1, metrics)
+        if not config.simultaneous:
+            _update(state, state.optimizer_d, ("discriminator",), num_images)
+    if not config.reuse_batch:
+        batch = batches(config.d_steps)
+    assert batch is not None
 
     discriminator.requires_grad_(False)
-    with state.autocast():
-        if pairs is None or not config.reuse_batch:
-            pairs = make_pairs(state, batches(config.d_steps))
-        loss = generator_encoder_loss(*score(discriminator, pairs))
-    _update(loss, "generator and encoder", [state.generator, state.encoder], state.optimizer_ge)
+    state.optimizer_ge.zero_grad(set_to_none=True)
+    for micro, last in _micro_batches(batch, config.accumulate):
+        with _synchronized(state, ("generator", "encoder"), last):
+            with state.autocast():
+                real, fake = _score(state, discriminator, pairs if pairs is not None else make_pairs(state, micro))
+                loss = generator_encoder_loss(real, fake, config.objective)
+                if fake.rotation is not None:
+                    loss = loss + config.rotation_weight_g * rotation_loss(fake.rotation)
+            _backward(state, loss, "generator and encoder")
+        _record(metrics, {"loss_ge": loss})
     discriminator.requires_grad_(True)
-    metrics["loss_ge"] = loss.detach()
+    if config.simultaneous:
+        _update(state, state.optimizer_d, ("discriminator",), num_images)
+    _update(state, state.optimizer_ge, ("generator", "encoder"), num_images)
 
     for name, average in state.ema.items():
-        average.update(getattr(state, name), num_images, config.batch_size)
-    return metrics
+        average.update(state.networks[name], num_images, config.batch_size)
+    return {name: torch.stack(values).mean() for name, values in metrics.items()}
 
 
-def _update(loss: Tensor, what: str, modules: list[nn.Module], optimizer: torch.optim.Optimizer) -> None:
-    if not torch.isfinite(loss):
+def _discriminator_gradients(state: TrainingState, batch: Batch, keep_graph: bool, metrics: Metrics) -> Pairs | None:
+    """Leaves D's gradients in place; the pairs with their graph if `keep_graph`."""
+    config, pairs = state.config, None
+    state.optimizer_d.zero_grad(set_to_none=True)
+    for micro, last in _micro_batches(batch, config.accumulate):
+        with _synchronized(state, ("discriminator",), last):
+            with state.autocast():
+                with contextlib.nullcontext() if keep_graph else torch.no_grad():
+                    pairs = make_pairs(state, micro)
+                real, fake = _score(state, state.parallel["discriminator"], pairs.detach())
+                loss = discriminator_loss(real, fake, config.objective)
+                if real.rotation is not None:
+                    rotation = rotation_loss(real.rotation)
+                    _record(metrics, {"loss_rotation": rotation})
+                    loss = loss + config.rotation_weight_d * rotation
+            _backward(state, loss, "discriminator")
+        _record(metrics, {"loss_d": loss})
+        for kind, output in (("real", real), ("fake", fake)):
+            scores = {name: getattr(output, name) for name in ("score_x", "score_z", "score_xz")}
+            _record(metrics, {f"{k}_{kind}": v.float().mean() for k, v in scores.items() if v is not None})
+    return pairs if keep_graph else None
+
+
+def _score(state: TrainingState, discriminator: nn.Module, pairs: Pairs) -> tuple[DiscriminatorOutput, ...]:
+    config = state.config
+    every = 4 * config.batch_size // config.rotated_batch_size if config.rotated_batch_size else 0
+    return score(discriminator, pairs, rotate_every=every, separate=config.separate_passes)
+
+
+def _micro_batches(batch: Batch, pieces: int) -> Iterator[tuple[Batch, bool]]:
+    for i, micro in enumerate(batch.split(pieces)):
+        yield micro, i == pieces - 1
+
+
+@contextlib.contextmanager
+def _synchronized(state: TrainingState, names: tuple[str, ...], last: bool) -> Iterator[None]:
+    """Only the last micro-batch's backward pass averages gradients over processes."""
+    with contextlib.ExitStack() as stack:
+        for name in names:
+            network = state.parallel.get(name)
+            if not last and isinstance(network, DistributedDataParallel):
+                stack.enter_context(network.no_sync())
+        yield
+
+
+def _backward(state: TrainingState, loss: Tensor, what: str) -> None:
+    if not state.all_finite(loss):
         raise FloatingPointError(f"the {what} loss is {loss.item()}")
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    for module in modules:
-        advance_spectral_norm(module)
+    (loss / state.config.accumulate).backward()
+
+
+def _record(metrics: Metrics, values: dict[str, Tensor]) -> None:
+    for name, value in values.items():
+        metrics.setdefault(name, []).append(value.detach())
+
+
+def _update(state: TrainingState, optimizer: torch.optim.Adam, names: tuple[str, ...], num_images: int) -> None:
+    for name in names:
+        if name in state.networks:
+            advance_spectral_norm(state.networks[name])
+    factor = state.config.lr_factor(num_images)
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"] * factor
     optimizer.step()

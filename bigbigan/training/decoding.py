@@ -1,0 +1,158 @@
+"""From encoded images to uint8 batches, in this process or in worker processes."""
+
+from __future__ import annotations
+
+import io
+import signal
+from collections.abc import Generator, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from bigbigan.config import PreprocessConfig
+from bigbigan.images import FORMATS, WHITE, BadImageError, preprocess, read_image
+from bigbigan.training.augment import NUM_CROP_DRAWS, AugmentationConfig, crop_box, uniform
+
+Source = Path | bytes | None  # a file, an encoded image, or a row without one
+
+
+@dataclass(frozen=True)
+class Job:
+    """One batch to decode."""
+
+    indices: np.ndarray  # [B], into `sources`
+    samples: np.ndarray | None = None  # [B] numbers that the random crops are drawn by
+    sources: Sequence[Source] | None = None  # None: those of the decoder
+    names: Sequence[str] = ()
+    position: Any = None  # handed through
+
+
+@dataclass(frozen=True)
+class Decoded:
+    images: Tensor  # [B, C, S, S] uint8
+    used: np.ndarray  # [B] the images that were taken: another than asked for where that one is unreadable, -1 if none
+    bad: dict[int, str]  # reasons of those that this job found unreadable
+    job: Job
+
+
+@dataclass
+class Decoder(Dataset[Decoded]):
+    """Decodes jobs; an unreadable image is replaced by the next readable one of the same sources.
+
+    Images come under evaluation preprocessing, or, where `augmentation` takes them from the original picture and the
+    job has sample numbers, cropped and flipped at random.
+
+    Args:
+        max_bad: with more unreadable images than that, no replacement is looked for: the caller will stop.
+    """
+
+    sources: Sequence[Source]
+    config: PreprocessConfig
+    channels: int
+    max_bad: float
+    augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
+    seed: int = 0
+    bad: dict[int, str] = field(default_factory=dict)  # of `sources`, so that none is tried twice
+
+    def __getitem__(self, job: Job) -> Decoded:
+        sources, bad = (self.sources, self.bad) if job.sources is None else (job.sources, {})
+        known, used = set(bad), job.indices.copy()
+        images = np.zeros((len(used), self.channels, self.config.resolution, self.config.resolution), np.uint8)
+        draws: Sequence[np.ndarray | None] = [None] * len(used)
+        if job.samples is not None and self.augmentation.original:
+            draws = list(uniform(self.seed, job.samples, NUM_CROP_DRAWS))
+
+        def read(place: int, index: int) -> bool:
+            if index in bad:
+                return False
+            try:
+                images[place] = self.decode(sources[index], draws[place])
+            except BadImageError as error:
+                bad[index] = error.reason
+                return False
+            used[place] = index
+            return True
+
+        failed = [place for place, index in enumerate(job.indices.tolist()) if not read(place, index)]
+        for place in failed:
+            first, used[place] = int(used[place]), -1
+            for step in range(1, len(sources)):
+                if len(bad) > self.max_bad or read(place, (first + step) % len(sources)):
+                    break
+        return Decoded(torch.from_numpy(images), used, {i: reason for i, reason in bad.items() if i not in known}, job)
+
+    def decode(self, source: Source, draws: np.ndarray | None = None) -> np.ndarray:
+        """[C, S, S] uint8.
+
+        Raises:
+            BadImageError: it cannot be read.
+        """
+        if source is None:
+            raise BadImageError(None, "the row has no image bytes")
+        picture: Any = _opened(source) if isinstance(source, bytes) else source
+        if draws is None:
+            return _to_uint8(preprocess(picture, self.config, self.channels))
+        background = (0, 0, 0) if self.config.polarity == "light-on-dark" else WHITE
+        picture = read_image(picture, background=background)
+        box = crop_box(picture.size, draws, self.augmentation)
+        if box is None:
+            pixels = _to_uint8(preprocess(picture, self.config, self.channels, crop="resnet"))
+        else:
+            size, pad, scale = self.config.size, self.config.pad, Image.Resampling[self.augmentation.filter.upper()]
+            picture = picture.crop(box).resize((size, size), scale)  # cut first: the filter sees nothing outside
+            pixels = np.asarray(picture.convert("L" if self.channels == 1 else "RGB")).reshape(size, size, -1)
+            pixels = np.pad(pixels.transpose(2, 0, 1), ((0, 0), (pad, pad), (pad, pad)))  # as `preprocess` does
+        return pixels[:, :, ::-1] if self.augmentation.flip and draws[0] < 0.5 else pixels
+
+
+def _to_uint8(images: Tensor) -> np.ndarray:
+    return images[0].add(1).mul(127.5).round().byte().numpy()  # rounding undoes the map to [-1, 1] exactly
+
+
+def _opened(data: bytes) -> Image.Image:
+    try:
+        return Image.open(io.BytesIO(data), formats=FORMATS)
+    except Exception as error:  # what damaged files raise in Pillow is an open set
+        raise BadImageError(None, f"cannot be decoded ({type(error).__name__}: {error})") from error
+
+
+def decode_jobs(decoder: Decoder, jobs: Iterable[Job], workers: int) -> Generator[Decoded, None, None]:
+    """Results in the order of the jobs, decoded ahead by `workers` processes (0: here, when asked for).
+
+    Jobs are taken from their iterator in this process, so the workers' number changes no result. Workers leave
+    SIGINT and SIGTERM to this process, which may want to finish its step first.
+
+    Raises:
+        RuntimeError: a worker died.
+    """
+    loader = DataLoader(
+        decoder,
+        sampler=jobs,
+        batch_size=None,
+        num_workers=workers,
+        prefetch_factor=2 if workers else None,
+        worker_init_fn=_leave_signals if workers else None,
+        collate_fn=_unchanged,  # type: ignore[arg-type]  # with batch_size=None it gets an item, not a list
+        generator=torch.Generator(),  # without one, torch's global state would move
+    )
+    try:
+        yield from loader
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        raise RuntimeError(f"{error} It decodes images; too little memory is the usual cause: try fewer") from error
+
+
+def _unchanged(item: Decoded) -> Decoded:
+    return item
+
+
+def _leave_signals(worker: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

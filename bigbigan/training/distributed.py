@@ -1,0 +1,120 @@
+"""Processes of one run: torchrun's environment, agreement between ranks, networks wrapped for data parallelism."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from bigbigan.layers import synchronize_batch_norm
+from bigbigan.training.step import TrainingState
+
+
+class PeerError(RuntimeError):
+    """The main process failed; its own error says why."""
+
+
+@dataclass(frozen=True)
+class Processes:
+    """Those that train together, as one of them sees it; the default is a process alone."""
+
+    rank: int = 0
+    world_size: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` is true in one of the processes; all of them have to ask."""
+        if self.world_size == 1:
+            return flag
+        value = torch.tensor([float(flag)], device=self.device)
+        dist.all_reduce(value, dist.ReduceOp.MAX)
+        return bool(value.item())
+
+    def on_main(self, work: Callable[[], None]) -> None:
+        """Runs `work` in the main process while the others wait; its error ends them all.
+
+        Raises:
+            PeerError: in the other processes, if `work` failed.
+        """
+        error = None
+        if self.is_main:
+            try:
+                work()
+            except BaseException as caught:
+                error = caught
+        failed = self.any(error is not None)
+        if error is not None:
+            raise error
+        if failed:
+            raise PeerError("the main process failed; its error is printed by rank 0")
+
+    def gather(self, value: Any) -> list[Any]:
+        """JSON-able values of all processes, in order of rank."""
+        if self.world_size == 1:
+            return [value]
+        data = torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8, device=self.device)
+        sizes = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(self.world_size)]
+        dist.all_gather(sizes, torch.tensor([len(data)], device=self.device))
+        longest = int(max(sizes).item())
+        gathered = [data.new_zeros(longest) for _ in sizes]
+        dist.all_gather(gathered, torch.nn.functional.pad(data, (0, longest - len(data))))
+        pieces = zip(gathered, sizes, strict=True)
+        return [json.loads(bytes(piece[: int(n)].tolist())) for piece, n in pieces]
+
+    def share(self, size: int, what: str = "batch_size") -> slice:
+        """This process's rows of `size` that are dealt evenly.
+
+        Raises:
+            ValueError: they cannot be.
+        """
+        if size % self.world_size:
+            raise ValueError(f"{what} {size} does not split evenly over {self.world_size} processes")
+        own = size // self.world_size
+        return slice(self.rank * own, (self.rank + 1) * own)
+
+    def parallelize(self, state: TrainingState) -> None:
+        """Wraps the networks: compiled if the run says so, gradients averaged, batch norm over all processes."""
+        for name, network in state.networks.items():
+            if state.config.compile:
+                network.compile()
+            parallel = network
+            if self.world_size > 1:
+                synchronize_batch_norm(network, dist.group.WORLD)
+                devices = [self.device] if self.device.type == "cuda" else None
+                # Buffers need no broadcast: every process computes the same ones.
+                parallel = DistributedDataParallel(parallel, device_ids=devices, broadcast_buffers=False)
+            state.parallel[name] = parallel
+        state.all_finite = lambda loss: not self.any(not torch.isfinite(loss))  # type: ignore[method-assign]
+
+
+@contextmanager
+def join_processes(device: str = "cpu", timeout_minutes: float = 30.0) -> Iterator[Processes]:
+    """The processes that torchrun started (WORLD_SIZE and its kin in the environment), or this one alone.
+
+    On "cuda" each takes the device of its local rank. After `timeout_minutes` without an answer a collective fails.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size == 1:
+        yield Processes(device=torch.device(device))
+        return
+    rank, local = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
+    own = torch.device("cuda", local) if device.startswith("cuda") else torch.device(device)
+    if own.type == "cuda":
+        torch.cuda.set_device(own)
+    dist.init_process_group("nccl" if own.type == "cuda" else "gloo", timeout=timedelta(minutes=timeout_minutes))
+    try:
+        yield Processes(rank, world_size, own)
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,339 @@
+"""Where training images come from: folders, Parquet files, Hugging Face datasets."""
+
+from __future__ import annotations
+
+import functools
+import glob
+import hashlib
+import json
+import logging
+import math
+import os
+import re
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from bigbigan.config import PreprocessConfig
+from bigbigan.images import list_images
+from bigbigan.training.decoding import Decoded, Decoder, Job, Source, decode_jobs
+
+if TYPE_CHECKING:
+    from bigbigan.training.streaming import ImageStream
+
+MAX_BYTES = 8 << 30  # of encoded files, and of decoded images, held in memory
+CHUNK = 64  # images that one worker decodes at a time, outside training
+
+logger = logging.getLogger(__name__)
+
+
+class UnreadableImages:
+    """Counts and names the unreadable images of a run, and stops it when they are too many."""
+
+    def __init__(self, max_fraction: float) -> None:
+        self.reasons: dict[int, str] = {}
+        self._max_fraction = max_fraction
+
+    def add(self, new: dict[int, str], total: int) -> None:
+        """Warns of images not met before.
+
+        Raises:
+            ValueError: more than `max_fraction` of `total` images are unreadable.
+        """
+        new = {index: reason for index, reason in new.items() if index not in self.reasons}
+        self.reasons |= new
+        if len(self.reasons) > self._max_fraction * total:
+            first = "; ".join(self.reasons[index] for index in sorted(self.reasons)[:5])
+            raise ValueError(
+                f"{len(self.reasons)} of {total} images cannot be read, more than {self._max_fraction:.2%}: "
+                f"{first}. Repair or remove them, or raise max_bad_fraction"
+            )
+        if new:
+            names = "; ".join(new[index] for index in sorted(new))
+            logger.warning("%d unreadable images replaced by the next readable ones: %s", len(new), names)
+
+
+class ImageDataset:
+    """Labelled images of one split, encoded as they came, each reachable by its index.
+
+    Attributes:
+        labels: [N] int64; -1 where there is no label.
+        class_names: name of each label.
+        digest: sha256 of what the dataset holds (see `open_training_data`), for telling at resume that data changed.
+        bad: index and reason of every unreadable image met so far. Each is replaced, with its label, by the next
+            readable one, so the same files always give the same samples.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        labels: Tensor,
+        class_names: tuple[str, ...],
+        digest: str,
+        *,
+        name: Callable[[int], str],
+        max_bad_fraction: float = 0.001,
+    ) -> None:
+        self.labels, self.class_names, self.digest = labels, class_names, digest
+        self.sources, self.max_bad = sources, max_bad_fraction * len(sources)
+        self._unreadable, self._name = UnreadableImages(max_bad_fraction), name
+
+    def __len__(self) -> int:
+        return len(self.sources)
+
+    @property
+    def bad(self) -> dict[int, str]:
+        return self._unreadable.reasons
+
+    def decoder(self, config: PreprocessConfig, channels: int, **options: Any) -> Decoder:
+        return Decoder(self.sources, config, channels, self.max_bad, bad=dict(self.bad), **options)
+
+    def accept(self, decoded: Decoded) -> Tensor:
+        """The images of a job, once its unreadable ones are counted and the labels of replaced ones set.
+
+        Raises:
+            ValueError: more than `max_bad_fraction` of the dataset is unreadable.
+        """
+        self._unreadable.add({i: f"{self._name(i)}: {reason}" for i, reason in decoded.bad.items()}, len(self))
+        if (decoded.used < 0).any():
+            raise ValueError(f"none of the {len(self)} images can be read, such as {next(iter(self.bad.values()))}")
+        self.labels[decoded.job.indices] = self.labels[decoded.used]
+        return decoded.images
+
+    def uint8(self, index: int, config: PreprocessConfig, channels: int) -> np.ndarray:
+        """One image [C, S, S] under evaluation preprocessing; an unreadable one is replaced with a warning.
+
+        Raises:
+            ValueError: more than `max_bad_fraction` of the dataset is unreadable.
+        """
+        return self.decode([index], config, channels)[0].numpy()
+
+    def decode(
+        self, indices: Iterable[int] | Tensor, config: PreprocessConfig, channels: int, *, workers: int = 0
+    ) -> Tensor:
+        """Images [B, C, S, S] uint8 under evaluation preprocessing, as `uint8` gives them one by one."""
+        wanted = np.fromiter(map(int, indices), np.int64)
+        images = torch.empty((len(wanted), channels, config.resolution, config.resolution), dtype=torch.uint8)
+        jobs = [Job(wanted[start : start + CHUNK]) for start in range(0, len(wanted), CHUNK)]
+        results = decode_jobs(
+            self.decoder(config, channels), jobs, min(workers, len(jobs) // 16)
+        )  # starting one takes a while
+        # `disable=None`: only on a terminal
+        for number, decoded in enumerate(
+            tqdm(results, "decoding", len(jobs), disable=None if len(jobs) > 99 else True)
+        ):
+            images[number * CHUNK :][: len(decoded.images)] = self.accept(decoded)
+        return images
+
+    def decode_all(
+        self, config: PreprocessConfig, channels: int, *, max_bytes: int = MAX_BYTES, workers: int = 0
+    ) -> Tensor:
+        """All images, [N, C, S, S] uint8, as `uint8` gives them one by one.
+
+        Raises:
+            ValueError: they take more than `max_bytes`, or more than `max_bad_fraction` of them are unreadable.
+        """
+        size = self.decoded_bytes(config, channels)
+        if size > max_bytes:
+            raise ValueError(
+                f"{len(self)} images of {config.resolution} pixels take {size / 2**30:.1f} GiB decoded, "
+                f"more than {max_bytes / 2**30:.1f}; decode them on demand, at a lower resolution, or fewer"
+            )
+        return self.decode(range(len(self)), config, channels, workers=workers)
+
+    def decoded_bytes(self, config: PreprocessConfig, channels: int) -> int:
+        return math.prod((len(self), channels, config.resolution, config.resolution))
+
+
+def open_dataset(path: str | Path, **options: Any) -> ImageDataset:
+    """As `open_training_data`, for users that need every image's index: a stream raises ValueError."""
+    data = open_training_data(path, **options)
+    if not isinstance(data, ImageDataset):
+        raise ValueError(f"{path} is read as a stream, which has no index; leave streaming out")
+    return data
+
+
+def open_training_data(
+    path: str | Path,
+    *,
+    split: str = "train",
+    column: str = "image",
+    label_column: str | None = "label",
+    max_bad_fraction: float = 0.001,
+    max_bytes: int = MAX_BYTES,
+) -> ImageDataset | ImageStream:
+    """Opens a folder of images, a `.parquet` file, a folder of `{split}.parquet` or `{split}-*.parquet`, or "hf:…".
+
+    Image files lie in `path/{split}`, or for "train" in `path` itself; the first subfolder is the class and labels
+    count the classes by sorted name. Parquet is the Hugging Face layout: `column` holds struct{bytes, path} or bytes,
+    `label_column` integers (None: no labels). Parquet files of more than `max_bytes` together are copied once by the
+    `datasets` package into its cache on the disk, as memory-mapped Arrow: a Parquet file cannot be read by the row,
+    and the copy keeps one order of samples for sets of every size. `open_hugging_face` says what "hf:…" takes; only
+    such a set with `streaming` is an `ImageStream`.
+
+    The digest of Parquet is that of the files' bytes end to end, or above `max_bytes` of their footers, which hold the
+    size of each chunk; that of image files covers their relative names, sizes and modification times, and so changes
+    where a copy does not keep the times.
+
+    Raises:
+        ValueError: nothing of the kind at `path`, or it lacks the split, a shard or a column.
+        ImportError: Parquet without pyarrow, "hf:…" or more than `max_bytes` of Parquet without datasets.
+    """
+    options: dict[str, Any] = {"column": column, "label_column": label_column, "max_bad_fraction": max_bad_fraction}
+    if str(path).startswith("hf:"):
+        from bigbigan.training.huggingface import open_hugging_face
+
+        return open_hugging_face(str(path), split=split, **options)
+    path = Path(path)
+    if path.suffix == ".parquet" and path.is_file():
+        return _open_parquet([path], max_bytes=max_bytes, **options)
+    if not path.is_dir():
+        raise ValueError(f"{path} is neither a .parquet file nor a folder (nor hf:NAME, a Hugging Face dataset)")
+    shards = [path / f"{split}.parquet"]
+    if not shards[0].is_file():
+        shards = sorted(path.glob(f"{glob.escape(split)}-*.parquet"))
+    if shards:
+        counts = {int(match[1]) for shard in shards if (match := re.search(r"-of-(\d+)$", shard.stem))}
+        if counts and counts != {len(shards)}:
+            raise ValueError(f"{path} holds {len(shards)} of {max(counts)} {split}-*.parquet shards; fetch the others")
+        return _open_parquet(shards, max_bytes=max_bytes, **options)
+    if any(path.glob("*.parquet")):
+        raise ValueError(f"{path} holds parquet files, but neither {split}.parquet nor {split}-*.parquet")
+    if (path / split).is_dir():
+        path = path / split
+    elif split != "train":
+        raise ValueError(f"{path} holds no {split!r} split: neither {split}.parquet, {split}-*.parquet nor {split}/")
+    try:
+        files = list_images(path)
+    except ValueError as error:
+        raise ValueError(f"no {split}.parquet, no {split}-*.parquet, and no images: {error}") from error
+    return _open_folder(path, files, max_bad_fraction)
+
+
+def _open_parquet(
+    files: list[Path], *, column: str, label_column: str | None, max_bad_fraction: float, max_bytes: int
+) -> ImageDataset:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ImportError(f"reading {files[0]} needs pyarrow: pip install 'bigbigan[train]'") from error
+    in_memory = sum(file.stat().st_size for file in files) <= max_bytes
+    digest, sources, labels, counts = hashlib.sha256(), list[Source](), list[int](), list[int]()
+    for path in files:
+        try:
+            with pyarrow.parquet.ParquetFile(path) as file:
+                schema = _checked_schema(file, path, column, label_column)
+                digest.update(path.read_bytes() if in_memory else _footer(path, file.metadata.serialized_size))
+                if in_memory:
+                    sources += _encoded(file.read(columns=[column]).column(column))
+                counts.append(file.metadata.num_rows)
+                values = [None] * counts[-1]  # null: unlabelled
+                if label_column is not None:
+                    values = file.read(columns=[label_column]).column(label_column).to_pylist()
+                labels += [-1 if value is None else value for value in values]
+        except pyarrow.ArrowException as error:
+            raise ValueError(f"{path} is no readable parquet file: {error}") from error
+    if not labels:
+        raise ValueError(f"{files[0]} holds no rows")
+    rows: Sequence[Source] = sources
+    if not in_memory:
+        from bigbigan.training.huggingface import map_parquet
+
+        rows = map_parquet(files, column)
+    return ImageDataset(
+        rows,
+        torch.tensor(labels),
+        _class_names(schema.metadata, label_column) or tuple(map(str, range(max(labels) + 1))),
+        digest.hexdigest(),
+        name=functools.partial(_row_name, files, np.cumsum(counts)),
+        max_bad_fraction=max_bad_fraction,
+    )
+
+
+def _checked_schema(file: Any, path: Path, column: str, label_column: str | None) -> Any:
+    from pyarrow import types
+
+    schema = file.schema_arrow
+    missing = sorted({column, *([] if label_column is None else [label_column])} - set(schema.names))
+    if missing:
+        raise ValueError(f"{path} has no column {', '.join(missing)}; its columns are {', '.join(schema.names)}")
+    if label_column is not None and not types.is_integer(schema.field(label_column).type):
+        raise ValueError(f"{path} has labels as {schema.field(label_column).type}; expected integers")
+    if not holds_images(schema.field(column).type):
+        raise ValueError(f"{path} has images as {schema.field(column).type}; expected struct{{bytes, path}} or bytes")
+    return schema
+
+
+def holds_images(kind: Any) -> bool:
+    """Whether an Arrow type is bytes, or a struct with a field "bytes"."""
+    from pyarrow import types
+
+    if types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
+        kind = kind.field("bytes").type
+    return types.is_binary(kind) or types.is_large_binary(kind)
+
+
+def _encoded(column: Any) -> list[bytes | None]:
+    """The image files in an Arrow column; None where a row has no bytes (its path, if any, is not followed)."""
+    from pyarrow import compute, types
+
+    return (compute.struct_field(column, "bytes") if types.is_struct(column.type) else column).to_pylist()
+
+
+def _footer(path: Path, size: int) -> bytes:
+    with open(path, "rb") as file:
+        file.seek(-8 - size, os.SEEK_END)
+        return file.read()
+
+
+def _row_name(files: list[Path], ends: np.ndarray, index: int) -> str:
+    file = int(np.searchsorted(ends, index, side="right"))
+    return f"{files[file]} row {index - (int(ends[file - 1]) if file else 0)}"
+
+
+def _class_names(metadata: dict[bytes, bytes] | None, label_column: str | None) -> tuple[str, ...]:
+    """Names of a ClassLabel in the schema metadata that `datasets` writes; empty without."""
+    features = json.loads((metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
+    return tuple(features.get(label_column, {}).get("names", ()))
+
+
+class _Files(Sequence[Source]):
+    """Paths in one block of memory: a million Python objects would be copied into every worker as they are counted."""
+
+    def __init__(self, files: list[Path]) -> None:
+        self._names = np.array([os.fsencode(file) for file in files])
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __getitem__(self, index: Any) -> Any:
+        return Path(os.fsdecode(bytes(self._names[index])))
+
+
+def _file_name(files: _Files, index: int) -> str:
+    return str(files[index])
+
+
+def _open_folder(folder: Path, files: list[Path], max_bad_fraction: float) -> ImageDataset:
+    relative = [os.path.relpath(file, folder).replace(os.sep, "/") for file in files]
+    classes = [name.split("/")[0] if "/" in name else None for name in relative]
+    names = sorted({name for name in classes if name is not None})
+    ids: dict[str | None, int] = {None: -1, **{name: number for number, name in enumerate(names)}}
+    listing = [
+        (name, (stat := file.stat()).st_size, stat.st_mtime_ns) for name, file in zip(relative, files, strict=True)
+    ]
+    sources = _Files(files)
+    return ImageDataset(
+        sources,
+        torch.tensor([ids[name] for name in classes]),
+        tuple(names),
+        hashlib.sha256(json.dumps(listing).encode()).hexdigest(),
+        name=functools.partial(_file_name, sources),
+        max_bad_fraction=max_bad_fraction,
+    )
