@@ -81,8 +81,8 @@ def small(
     base_channels: int = 16,
     encoder_channels: int = 32,
     depths: tuple[int, ...] = (1, 1, 1, 1),
-    z_chunk: int = 16,
-    mlp: int = 192,
+    z_chunk: int = 4,
+    mlp: int = 320,
     head: int = 256,
 ) -> BigBiGANConfig:
     """A model for 32 pixels: basic ResNet-v2 units without early downsampling, MLPs of four layers."""
@@ -129,7 +129,7 @@ _TABLE_1: dict[str, tuple[BigBiGANConfig, str]] = {
 _SMALL: dict[str, tuple[BigBiGANConfig, str, str]] = {
     "fashion-mnist-32": (_GREY_SMALL, "Fashion-MNIST, grey", "trained by this project"),
     "mnist-32": (_GREY_SMALL, "MNIST, grey", "this project"),
-    "cifar10-32": (small(3, PreprocessConfig(32)), "CIFAR-10", "this project"),
+    "cifar10-32": (small(3, PreprocessConfig(32), z_chunk=8), "CIFAR-10", "this project"),
     "tiny": (
         small(3, PreprocessConfig(32), base_channels=2, encoder_channels=4, z_chunk=2, mlp=16, head=16),
         "for trying things out in seconds",

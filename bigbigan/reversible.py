@@ -37,13 +37,17 @@ def reversible(units: nn.ModuleList, x1: Tensor, x2: Tensor) -> tuple[Tensor, Te
     Raises:
         RuntimeError: in the backward pass, if a weight has changed in place since the forward pass.
     """
-    return _Reversible.apply(units, x1, x2, *units.parameters())
+    streams: list[Tensor] = []
+    for unit in units:
+        first, last = unit is units[0], unit is units[-1]
+        x1, x2 = _Reversible.apply(unit, streams, first, last, x1, x2, *unit.parameters())
+    return x1, x2
 
 
 @contextlib.contextmanager
-def _taped(units: nn.ModuleList, tape: dict[nn.Module, Moments]) -> Iterator[None]:
+def _taped(unit: nn.Module, tape: dict[nn.Module, Moments]) -> Iterator[None]:
     """Norms write the moments of a pass to the tape, or read them where it has some."""
-    norms = [m for m in units.modules() if isinstance(m, BatchNorm)]
+    norms = [m for m in unit.modules() if isinstance(m, BatchNorm)]
     for norm in norms:
         norm.tape = tape
     try:
@@ -54,39 +58,40 @@ def _taped(units: nn.ModuleList, tape: dict[nn.Module, Moments]) -> Iterator[Non
 
 
 class _Reversible(torch.autograd.Function):
+    """One unit; in the backward pass it takes the streams behind it from the list `streams` and leaves those before it.
+
+    So the gradients of its parameters leave as soon as they are known.
+    """
+
     @staticmethod
-    def forward(ctx: Any, units: nn.ModuleList, x1: Tensor, x2: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, unit: nn.Module, streams: list[Tensor], first: bool, last: bool, x1: Tensor, x2: Tensor, *_: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        ctx.unit, ctx.streams, ctx.first, ctx.last, ctx.tape = unit, streams, first, last, {}
         device = x1.device.type
         # Casts of weights would be cached without their graph here, for a later pass that needs it.
         enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
         ctx.autocast = partial(torch.autocast, device, dtype, enabled, cache_enabled=False)
-        ctx.units, ctx.tape = units, {}
-        # RevNet pads with channels of zeros. Normalised they are the bias, zero at first, and rounding would put them
-        # on either side of the ReLU's kink: the first unit is given the zeros again.
-        ctx.zeros = ~x2.any(dim=0).flatten(1).any(dim=1)[:, None, None]  # [C, 1, 1]
-        with ctx.autocast(), _taped(units, ctx.tape):
-            x1, x2 = couple(units, x1, x2)
-        vectors = [m.u for m in units.modules() if isinstance(m, SpectralNorm)]
-        ctx.save_for_backward(x1, x2, *parameters, *vectors)  # the latter two so that changes are noticed
+        if first:  # [C, 1, 1]: RevNet pads with channels of zeros, which a norm without a bias puts on the ReLU's kink;
+            ctx.zeros = ~x2.any(dim=0).flatten(1).any(dim=1)[:, None, None]  # rounding would tip them to either side
+        with ctx.autocast(), _taped(unit, ctx.tape):
+            x1, x2 = x2, x1 + unit(x2)
+        vectors = [m.u for m in unit.modules() if isinstance(m, SpectralNorm)]  # saved to notice that they change
+        ctx.save_for_backward(*unit.parameters(), *vectors, *((x1, x2) if last else ()))
         return x1, x2
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad1: Tensor, grad2: Tensor) -> tuple[Tensor | None, ...]:
-        x1, x2, *parameters = ctx.saved_tensors
-        grads: list[Tensor] = []
-        end = sum(1 for _ in ctx.units.parameters())
-        with ctx.autocast(), _taped(ctx.units, ctx.tape):
-            for unit in reversed(ctx.units):
-                names = [name for name, _ in unit.named_parameters()]
-                # Copies as leaves: what hangs on the parameters (hooks, DDP's among them) sees the sum of gradients
-                # alone, when the engine has it.
-                leaves = [t.detach().requires_grad_() for t in parameters[end - len(names) : end]]
-                x = (x1.masked_fill(ctx.zeros, 0) if unit is ctx.units[0] else x1.detach()).requires_grad_()
-                with torch.enable_grad():
-                    residual = functional_call(unit, dict(zip(names, leaves, strict=True)), (x,))
-                dx, *found = torch.autograd.grad(residual, [x, *leaves], grad2.to(residual.dtype))
-                x1, x2 = x2 - residual.detach(), x1
-                grad1, grad2 = grad2, grad1 + dx
-                grads, end = [*found, *grads], end - len(names)
-        return None, grad1, grad2, *grads
+        # Copies of the parameters as leaves: what hangs on these, like DDP's hooks, sees finished sums of gradients.
+        leaves = {
+            name: saved.detach().requires_grad_()
+            for (name, _), saved in zip(ctx.unit.named_parameters(), ctx.saved_tensors, strict=False)
+        }
+        x1, x2 = ctx.saved_tensors[-2:] if ctx.last else ctx.streams
+        x = (x1.masked_fill(ctx.zeros, 0) if ctx.first else x1.detach()).requires_grad_()
+        with torch.enable_grad(), ctx.autocast(), _taped(ctx.unit, ctx.tape):
+            residual = functional_call(ctx.unit, leaves, (x,))
+        dx, *grads = torch.autograd.grad(residual, [x, *leaves.values()], grad2.to(residual.dtype))
+        ctx.streams[:] = [] if ctx.first else [x2 - residual.detach(), x1]
+        return None, None, None, None, grad2, grad1 + dx, *grads

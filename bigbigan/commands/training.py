@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,9 +30,12 @@ def _add_recipes(commands: Commands) -> None:
         "recipes",
         _recipes,
         "list training recipes\n\nWith a name: that recipe as JSON, whose fields `train --set` takes.",
-        "Example: bigbigan recipes\nExit codes: 0 done, 2 no such recipe.",
+        "Example: bigbigan recipes bigbigan-resnet50 --sources\nExit codes: 0 done, 2 no such recipe.",
     )
     parser.add_argument("recipe", nargs="?", metavar="RECIPE", help="one of them")
+    parser.add_argument(
+        "--sources", action="store_true", help="where its values come from, and how certain that is, instead of JSON"
+    )
 
 
 def _add_train(commands: Commands) -> None:
@@ -42,7 +46,11 @@ def _add_train(commands: Commands) -> None:
         "train a model, or go on with a run\n\n"
         "Prints the whole configuration as JSON, then trains. The run folder holds config.json, metrics.jsonl,\n"
         "samples/ (pictures), snapshots/ (model folders) and checkpoints/: the same command goes on from the last\n"
-        "checkpoint, bit for bit on a CPU. SIGTERM and ctrl-C finish the step and write a checkpoint first.",
+        "checkpoint, bit for bit on a CPU. SIGTERM and ctrl-C finish the step and write a checkpoint first.\n\n"
+        "Several processes: torchrun --nproc-per-node 8 -m bigbigan train … trains on all of them as one process\n"
+        "would with the same batch_size, which is that of all together; batch norm sees the whole batch. Where it\n"
+        "does not fit, accumulate=K takes the mean gradient of K micro-batches. For networks without batch norm (D)\n"
+        "that is the gradient of the batch; in G and E each micro-batch is normalised by itself, so it differs.",
         "Example: bigbigan train bigbigan-fashion-mnist-32 --data data/fashion_mnist --run runs/a --set lr_d=2e-4\n"
         "Exit codes: 0 done, 1 a loss is not finite, 2 wrong usage or data, 130 interrupted, 143 terminated.",
     )
@@ -50,7 +58,11 @@ def _add_train(commands: Commands) -> None:
     parser.add_argument(
         "--data",
         metavar="PATH",
-        help="a .parquet file (Hugging Face layout: image, label), a folder of train*.parquet, or a folder of images",
+        help="a folder of images (of folders, one a class), a .parquet file or a folder of train*.parquet (Hugging "
+        "Face layout: image, label), or hf:NAME, a data set on the Hugging Face Hub",
+    )
+    parser.add_argument(
+        "--split", default="train", metavar="SPLIT", help="of the data; train[:50000] is its first 50,000 images"
     )
     parser.add_argument("--run", metavar="FOLDER", dest="folder", help="where the run lives")
     parser.add_argument(
@@ -66,7 +78,24 @@ def _add_train(commands: Commands) -> None:
     parser.add_argument(
         "--keep", type=int, default=2, metavar="N", help="newest checkpoints kept (default: %(default)s)"
     )
-    parser.add_argument("--dry-run", action="store_true", help="print the configuration and the sizes, and stop")
+    parser.add_argument(
+        "--keep-snapshots", action="store_true", help="keep every snapshot, not the newest and the best alone"
+    )
+    parser.add_argument(
+        "--workers", type=int, metavar="N", help="processes that decode images, a training process (default: by cores)"
+    )
+    parser.add_argument(
+        "--timeout-minutes",
+        type=float,
+        default=30.0,
+        metavar="M",
+        help="give up when another process does not answer for so long (default: %(default)g)",
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print the configuration, and what a step takes in parameters, arithmetic and memory, and stop",
+    )
     add_run_options(parser)
 
 
@@ -115,14 +144,24 @@ def _recipe(name: str) -> TrainConfig:
 
 def _recipes(arguments: argparse.Namespace) -> int:
     from bigbigan.config import to_dict
-    from bigbigan.training.recipes import RECIPES
+    from bigbigan.training.recipes import RECIPES, sources
 
-    if arguments.recipe:
+    if arguments.sources:
+        recipe = _recipe(arguments.recipe or "")
+        values = to_dict(recipe)
+        rows = [[s.field, _short(values.get(s.field, "")), s.certainty, s.source] for s in sources(recipe.name)]
+        print(columns_text(("FIELD", "VALUE", "CERTAINTY", "SOURCE"), rows))
+    elif arguments.recipe:
         print(json.dumps(to_dict(_recipe(arguments.recipe)), indent=2))
-        return 0
-    rows = [[name, f"{r.total_images:,}", str(r.batch_size), r.precision] for name, r in RECIPES.items()]
-    print(columns_text(("RECIPE", "IMAGES", "BATCH", "PRECISION"), rows))
+    else:
+        rows = [[name, f"{r.total_images:,}", str(r.batch_size), r.precision] for name, r in RECIPES.items()]
+        print(columns_text(("RECIPE", "IMAGES", "BATCH", "PRECISION"), rows))
     return 0
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 24 else "…"
 
 
 def apply_settings(config: TrainConfig, settings: list[str]) -> TrainConfig:
@@ -168,29 +207,39 @@ def _keys(data: dict[str, Any], prefix: str = "") -> list[str]:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    from bigbigan.commands.models import count_parameters
     from bigbigan.config import to_dict
-    from bigbigan.training.data import open_dataset
+    from bigbigan.training.cost import estimate
+    from bigbigan.training.distributed import PeerError
     from bigbigan.training.loop import TrainingStopped, train
+    from bigbigan.training.sources import open_training_data
 
     config = apply_settings(_recipe(arguments.recipe), arguments.settings)
     if not arguments.dry_run and not (arguments.data and arguments.folder):
         raise ValueError("training needs --data and --run (or --dry-run, to see the configuration alone)")
-    print(json.dumps(to_dict(config), indent=2), flush=True)
-    sizes = count_parameters(config.model)
-    logger.info("parameters: %s", ", ".join(f"{part} {number:,}" for part, number in sizes.items()))
+    if os.environ.get("RANK", "0") == "0":
+        print(json.dumps(to_dict(config), indent=2), flush=True)
+        logger.info("%s", "\n".join(estimate(config).lines(config)))
     if arguments.dry_run:
         return 0
     set_threads(arguments)
     device = choose_device(arguments.device)
-    dataset = open_dataset(arguments.data)
-    logger.info("%d training images, %d classes", len(dataset), len(dataset.class_names))
+    data = open_training_data(arguments.data, split=arguments.split)
     try:
-        train(config, dataset, arguments.folder, device=device, max_minutes=arguments.max_minutes, keep=arguments.keep)
+        train(
+            config,
+            data,
+            arguments.folder,
+            device=device,
+            max_minutes=arguments.max_minutes,
+            keep=arguments.keep,
+            keep_snapshots=arguments.keep_snapshots,
+            workers=arguments.workers,
+            timeout_minutes=arguments.timeout_minutes,
+        )
     except TrainingStopped as stopped:
         print(f"bigbigan train: {stopped}", file=sys.stderr)
         return stopped.exit_code
-    except FloatingPointError as error:
+    except (FloatingPointError, PeerError) as error:
         print(f"bigbigan train: {error}; the last checkpoint in {arguments.folder} stands", file=sys.stderr)
         return 1
     return 0

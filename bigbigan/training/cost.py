@@ -21,7 +21,22 @@ class Cost:
     parameters: dict[str, int]
     flops: float  # of convolutions and matrix products, a multiplication and an addition counting two
     state_bytes: int  # weights, gradients, Adam's moments, averages: in every process
-    activation_bytes: int  # the most that is kept for backward passes at a time, in float32 and without `reversible`: over all processes
+    activation_bytes: int  # the most that is kept at a time (float32, not `reversible`): over all processes
+
+    def lines(self, config: TrainConfig) -> list[str]:
+        """For people."""
+        steps = -(-config.total_images // config.batch_size)
+        return [
+            "parameters: " + ", ".join(f"{part} {number:,}" for part, number in self.parameters.items()),
+            f"arithmetic: {self.flops / 1e9:,.1f} GFLOP a step, {self.flops * steps:.2g} FLOP in {steps:,} steps",
+            f"memory: {_size(self.state_bytes)} of weights, gradients, moments and averages in each process, and "
+            f"{_size(self.activation_bytes)} of activations over all processes (float32"
+            + (", before reversible saves some)" if config.reversible else ")"),
+        ]
+
+
+def _size(number: float) -> str:
+    return f"{number / 2**30:.1f} GiB" if number >= 2**30 else f"{number / 2**20:.0f} MiB"
 
 
 def estimate(config: TrainConfig) -> Cost:
