@@ -1,4 +1,4 @@
-"""`evaluate linear`, `evaluate reconstruction`: figures of a model on labelled images, and what they rest on."""
+"""`evaluate linear`, `knn`, `reconstruction`: figures of a model on labelled images, and what they rest on."""
 
 from __future__ import annotations
 
@@ -47,6 +47,7 @@ def add_parsers(commands: Commands) -> None:
     )
     protocols = evaluate.add_subparsers(dest="protocol", metavar="PROTOCOL", required=True, title="protocols")
     _add_linear(protocols)
+    _add_knn(protocols)
     _add_reconstruction(protocols)
 
 
@@ -61,18 +62,7 @@ def _add_linear(protocols: Commands) -> None:
         "Example: bigbigan evaluate linear --data data/fashion_mnist --baselines --json linear.json\n" + ENDING,
     )
     _add_data_options(parser)
-    parser.add_argument(
-        "--features",
-        type=names,
-        default="avepool_feat,bn_crelu_feat",
-        metavar="LIST",
-        help="encoder outputs, with commas between (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--baselines",
-        action="store_true",
-        help="also on raw pixels, and on an untrained encoder, with initial and with estimated statistics",
-    )
+    _add_feature_options(parser, "avepool_feat,bn_crelu_feat")
     parser.add_argument(
         "--l2",
         type=float,
@@ -84,8 +74,28 @@ def _add_linear(protocols: Commands) -> None:
     parser.add_argument(
         "--holdout", type=positive, metavar="N", help="held-out images (default: 10000, or a sixth if that is less)"
     )
-    parser.add_argument("--batch-size", type=positive, default=256, metavar="N", help="(default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of hold-out and baselines (default: %(default)s)")
+    add_model_options(parser)
+
+
+def _add_knn(protocols: Commands) -> None:
+    parser = add_command(
+        protocols,
+        "knn",
+        _knn,
+        "accuracy of the majority among the nearest training images\n\n"
+        "Exact neighbours by features of the training split; nothing is fitted.\n" + DATA,
+        "Example: bigbigan evaluate knn --data data/mnist --k 1 --features avepool_feat,z_mean --baselines\n" + ENDING,
+    )
+    _add_data_options(parser)
+    _add_feature_options(parser, "avepool_feat")
+    parser.add_argument(
+        "--k", type=positive, nargs="+", default=[1, 5, 25], metavar="K", help="neighbours (default: 1 5 25)"
+    )
+    parser.add_argument(
+        "--metric", choices=("l2", "cosine"), nargs="+", default=["l2", "cosine"], help="(default: l2 cosine)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the untrained baselines (default: %(default)s)")
     add_model_options(parser)
 
 
@@ -113,16 +123,38 @@ def _add_reconstruction(protocols: Commands) -> None:
 
 def _add_data_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", required=True, metavar="PATH", help="labelled training and test images")
+    parser.add_argument(
+        "--train-split",
+        default="train",
+        metavar="SPLIT",
+        help="(default: %(default)s); train[:50000] is its first 50,000 images",
+    )
+    parser.add_argument("--test-split", default="test", metavar="SPLIT", help="(default: %(default)s)")
     parser.add_argument("--json", metavar="FILE", help="write the record there instead of printing it")
 
 
+def _add_feature_options(parser: argparse.ArgumentParser, default: str) -> None:
+    parser.add_argument(
+        "--features",
+        type=names,
+        default=default,
+        metavar="LIST",
+        help="encoder outputs, with commas between (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--baselines",
+        action="store_true",
+        help="also on raw pixels, and on an untrained encoder, with initial and with estimated statistics",
+    )
+    parser.add_argument("--batch-size", type=positive, default=256, metavar="N", help="(default: %(default)s)")
+
+
 def _linear(arguments: argparse.Namespace) -> int:
-    from bigbigan.evaluation.features import extract_features
     from bigbigan.evaluation.linear_probe import linear_probe
 
     model = open_model(arguments, ("encoder",))
-    train, train_x = _load(arguments, "train", model)
-    test, test_x = _load(arguments, "test", model)
+    train, train_x = _load(arguments, arguments.train_split, model)
+    test, test_x = _load(arguments, arguments.test_split, model)
     holdout = arguments.holdout or min(10_000, len(train) // 6)
     progress, results = not arguments.quiet, []
 
@@ -139,13 +171,8 @@ def _linear(arguments: argparse.Namespace) -> int:
         )
         results.append({"representation": what, "feature": feature, **asdict(probe)})
 
-    for what, encoder in _encoders(arguments, model, train_x):
-        options = {"batch_size": arguments.batch_size, "progress": progress}
-        rows = [extract_features(encoder, x, arguments.features, **options) for x in (train_x, test_x)]
-        for feature in arguments.features:
-            measure(what, feature, *(split[feature] for split in rows))
-    if arguments.baselines:
-        measure("raw pixels", "pixels", *(x.flatten(1).float() / 127.5 - 1 for x in (train_x, test_x)))
+    for representation in _representations(arguments, model, train_x, test_x):
+        measure(*representation)
 
     header = ("Representation", "Feature", "Width", "Top-1 %", "Top-5 %", "L2")
     table = [
@@ -170,6 +197,64 @@ def _linear(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _knn(arguments: argparse.Namespace) -> int:
+    from bigbigan.evaluation.knn import knn_accuracy
+
+    model = open_model(arguments, ("encoder",))
+    train, train_x = _load(arguments, arguments.train_split, model)
+    test, test_x = _load(arguments, arguments.test_split, model)
+    results = [
+        {"representation": what, "feature": feature, **asdict(found)}
+        for what, feature, train_rows, test_rows in _representations(arguments, model, train_x, test_x)
+        for metric in arguments.metric
+        for found in knn_accuracy(
+            train_rows,
+            train.labels,
+            test_rows,
+            test.labels,
+            ks=arguments.k,
+            metric=metric,
+            progress=not arguments.quiet,
+        )
+    ]
+    header = ("Representation", "Feature", "Width", "Metric", "k", "Top-1 %")
+    table = [
+        (
+            r["representation"],
+            r["feature"],
+            str(r["num_features"]),
+            r["metric"],
+            str(r["k"]),
+            f"{100 * r['accuracy']:.2f}",
+        )
+        for r in results
+    ]
+    protocol = {
+        "name": "knn",
+        "vote": "majority, ties to the smallest label",
+        "k": arguments.k,
+        "metric": arguments.metric,
+    }
+    _report(arguments, markdown_table(header, table), _record(model, protocol, train=train, test=test, results=results))
+    return 0
+
+
+def _representations(
+    arguments: argparse.Namespace, model: BigBiGAN, train_x: Tensor, test_x: Tensor
+) -> Iterator[tuple[str, str, Tensor, Tensor]]:
+    """What is measured: whose features, which, and their rows for both splits."""
+    from bigbigan.evaluation.features import extract_features
+
+    options = {"batch_size": arguments.batch_size, "progress": not arguments.quiet}
+    for what, encoder in _encoders(arguments, model, train_x):
+        rows = [extract_features(encoder, x, arguments.features, **options) for x in (train_x, test_x)]
+        for feature in arguments.features:
+            yield what, feature, rows[0][feature], rows[1][feature]
+    if arguments.baselines:
+        train_rows, test_rows = (x.flatten(1).float() / 127.5 - 1 for x in (train_x, test_x))
+        yield "raw pixels", "pixels", train_rows, test_rows
+
+
 def _encoders(arguments: argparse.Namespace, model: BigBiGAN, images: Tensor) -> Iterator[tuple[str, BigBiGAN]]:
     """The model, and its architecture untrained."""
     from bigbigan import create_model
@@ -189,8 +274,8 @@ def _reconstruction(arguments: argparse.Namespace) -> int:
     if arguments.grid:
         check_picture(arguments.grid)
     model = open_model(arguments, ("generator", "encoder"))
-    train, train_x = _load(arguments, "train", model)
-    test, test_x = _load(arguments, "test", model)
+    train, train_x = _load(arguments, arguments.train_split, model)
+    test, test_x = _load(arguments, arguments.test_split, model)
     generator, encoder = model.config.generator, model.config.encoder
     assert generator and encoder
     classes = max(len(train.class_names), int(train.labels.max()) + 1)
