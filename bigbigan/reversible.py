@@ -83,12 +83,11 @@ class _Reversible(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad1: Tensor, grad2: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        x1, x2 = saved[-2:] if ctx.last else ctx.streams
         # Copies of the parameters as leaves: what hangs on these, like DDP's hooks, sees finished sums of gradients.
-        leaves = {
-            name: saved.detach().requires_grad_()
-            for (name, _), saved in zip(ctx.unit.named_parameters(), ctx.saved_tensors, strict=False)
-        }
-        x1, x2 = ctx.saved_tensors[-2:] if ctx.last else ctx.streams
+        names = [name for name, _ in ctx.unit.named_parameters()]
+        leaves = {name: tensor.detach().requires_grad_() for name, tensor in zip(names, saved, strict=False)}
         x = (x1.masked_fill(ctx.zeros, 0) if ctx.first else x1.detach()).requires_grad_()
         with torch.enable_grad(), ctx.autocast(), _taped(ctx.unit, ctx.tape):
             residual = functional_call(ctx.unit, leaves, (x,))

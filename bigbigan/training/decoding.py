@@ -126,7 +126,7 @@ def decode_jobs(decoder: Decoder, jobs: Iterable[Job], workers: int) -> Generato
     """Results in the order of the jobs, decoded ahead by `workers` processes (0: here, when asked for).
 
     Jobs are taken from their iterator in this process, so the workers' number changes no result. Workers leave
-    SIGINT and SIGTERM to this process, which may want to finish its step first.
+    SIGINT and a first SIGTERM to this process, which may want to finish its step. Close the iterator when done.
 
     Raises:
         RuntimeError: a worker died.
@@ -154,5 +154,8 @@ def _unchanged(item: Decoded) -> Decoded:
 
 
 def _leave_signals(worker: int) -> None:
+    def second_acts(signum: int, frame: object) -> None:
+        signal.signal(signum, signal.SIG_DFL)  # not ignored for good: Python's exit sends it too, and waits
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, second_acts)

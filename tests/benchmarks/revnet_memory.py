@@ -3,7 +3,7 @@
 Each step runs in a process of its own, on one thread. `kept` is what the graph holds between the two passes, beside
 weights; `peak` is how far the process rose above its size with weights and gradients in place (Linux).
 
-python -m tests.benchmarks.revnet_memory [--batch 2] [--steps 1]
+python -m tests.benchmarks.revnet_memory [--steps 3]
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ from bigbigan.config import EncoderConfig
 from bigbigan.layers import Layers
 from bigbigan.revnet import RevNet
 
-CASES = {  # width, depths, resolution
-    "RevNet-50x4 at 256 pixels": (256, (3, 4, 6, 3), 256),
-    "RevNet-50 at 256 pixels": (64, (3, 4, 6, 3), 256),
-    "RevNet-50 at 256 pixels, twice as deep": (64, (6, 8, 12, 6), 256),
+RESOLUTION = 256
+CASES = {  # width, depths, batch
+    "RevNet-50x4": (256, (3, 4, 6, 3), 2),
+    "RevNet-50": (64, (3, 4, 6, 3), 8),
+    "RevNet-50 of twice the depth": (64, (6, 8, 12, 6), 8),
 }
 
 
@@ -34,16 +35,16 @@ def resident(field: str) -> int:
     return next(int(line.split()[1]) // 1024 for line in lines if line.startswith(field))
 
 
-def measure(name: str, reversible: bool, batch: int, steps: int) -> str:
+def measure(name: str, reversible: bool, steps: int) -> str:
     """One line of results, from this process."""
     torch.set_num_threads(1)
-    width, depths, resolution = CASES[name]
-    config = EncoderConfig(resolution, architecture="revnet", depths=depths, base_channels=width)
+    width, depths, batch = CASES[name]
+    config = EncoderConfig(RESOLUTION, architecture="revnet", depths=depths, base_channels=width)
     trunk = RevNet(config, Layers()).train()
     trunk.reversible = reversible
     for parameter in trunk.parameters():
-        if 0: parameter.grad = torch.zeros_like(parameter).fill_(0)
-    x = torch.rand(batch, 3, resolution, resolution) * 2 - 1
+        parameter.grad = torch.zeros_like(parameter).fill_(0)  # in memory, so that the peak is of activations
+    x = torch.rand(batch, 3, RESOLUTION, RESOLUTION) * 2 - 1
     before = resident("VmRSS")
     kept: dict[int, int] = {}
 
@@ -66,20 +67,20 @@ def measure(name: str, reversible: bool, batch: int, steps: int) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--batch", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--case", choices=CASES, help=argparse.SUPPRESS)
     parser.add_argument("--reversible", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.case:
-        print(measure(args.case, args.reversible, args.batch, args.steps))
+        print(measure(args.case, args.reversible, args.steps))
         return
     for name in CASES:
         for flags in ([], ["--reversible"]):
             command = [sys.executable, "-m", "tests.benchmarks.revnet_memory", "--case", name, *flags]
-            command += ["--batch", str(args.batch), "--steps", str(args.steps)]
+            command += ["--steps", str(args.steps)]
             line = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
-            print(f"{name}, batch {args.batch}, {'reversible' if flags else 'plain':10}: {line}", flush=True)
+            how = "reversible" if flags else "plain"
+            print(f"{name}, {CASES[name][2]} images of {RESOLUTION} pixels, {how:10}: {line}", flush=True)
 
 
 if __name__ == "__main__":
