@@ -239,7 +239,9 @@ class UpsampleConv2d(nn.Module):
         if not self.training:
             return self.conv(upsample_nearest(x))  # [N, outputs, 2H, 2W]
         kernel = box_kernel(conv_weight(self.conv)).flip(2, 3).transpose(0, 1)  # [inputs, outputs, 4, 4]
-        return F.conv_transpose2d(x, kernel, self.conv.bias, stride=2, padding=1)  # [N, outputs, 2H, 2W]
+        h = F.conv_transpose2d(x, kernel, stride=2, padding=1)  # [N, outputs, 2H, 2W]
+        assert self.conv.bias is not None  # added here: oneDNN's backward pass takes two to four times as long with it
+        return h.add_(self.conv.bias.to(h.dtype)[:, None, None])
 
 
 class DownsampleConv2d(nn.Module):

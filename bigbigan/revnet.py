@@ -41,7 +41,7 @@ class RevNet(nn.Module):
     """Stem, reversible stages and final norm: [N, C, S, S] -> [N, num_features, S / 32, S / 32].
 
     Where the attribute `reversible` is set, training passes recompute the activations of a stage in the backward pass
-    from its output (`bigbigan.reversible`): less memory for more time, the same results.
+    from its output (`bigbigan.reversible`): less memory for more time, gradients equal up to rounding.
     """
 
     def __init__(self, config: EncoderConfig, layers: Layers):

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from bigbigan.config import EncoderConfig, MLPConfig
 from bigbigan.layers import Layers, StandingStatistics, advance_spectral_norm, initialize
+from bigbigan.reversible import couple, reversible
 from bigbigan.revnet import RevNet
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -64,25 +65,50 @@ def test_outputs_are_equal_and_gradients_those_of_autograd(variant: str, start: 
     assert error(found, expected) < 1e-10
 
 
-def test_gradients_in_float32_and_under_autocast_are_as_near_as_those_of_autograd() -> None:
-    exact = run(make(False, depths=(3, 4)))[1]
+def test_float32_gives_equal_outputs_and_close_gradients() -> None:
     (out, found), (plain, expected) = (run(make(flag, depths=(3, 4)).float(), X.float()) for flag in (True, False))
     assert torch.equal(out, plain)
-    assert error(found, expected) < 1e-4
-    with torch.autocast("cpu", torch.bfloat16):  # the backward pass too: its casts may not come from the forward's
-        (out, found), (plain, expected) = (run(make(flag, depths=(3, 4)).float(), X.float()) for flag in (True, False))
-    assert torch.equal(out, plain) and out.dtype == torch.bfloat16
-    found, expected = ({k: t.double() for k, t in g.items()} for g in (found, expected))
-    assert error(found, exact) < 1.2 * error(expected, exact)
+    assert error(found, expected) < 2e-2  # measured: 5e-6; a ReLU near its kink may tip
 
 
-def test_autocast_around_a_reversible_pass_leaves_a_plain_one_its_gradients() -> None:
-    trunk, plain = make(True).float(), make(False).float()
+def test_autocast_is_that_of_the_forward_pass_and_streams_are_float32() -> None:
+    units, streams = make(True, depths=(6,)).float().stages[0], random_normal(2, 8, 16, 8, 8).float()
+    results = []
+    for function in (reversible, couple):
+        units.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            out = torch.cat(function(units, *streams))
+        assert out.dtype == torch.float32
+        (out * random_normal(*out.shape, seed=1).float()).sum().backward()
+        results.append((out, {name: p.grad.clone() for name, p in units.named_parameters()}))
+    (out, found), (plain, expected) = results
+    assert torch.equal(out, plain)
+    assert error(found, expected) < 1e-2  # measured: 1e-7; without autocast in the backward pass: 0.4
+
+
+def test_half_precision_streams_stay_so_outside_and_are_as_good_as_plain_ones() -> None:
+    exact, results = make(False, depths=(6,)), []
+    backward(exact, X)
+    for flag in (True, False):
+        trunk = make(flag, depths=(6,)).float()
+        with torch.autocast("cpu", torch.bfloat16):
+            out = trunk(X.float())
+        assert out.dtype == torch.bfloat16
+        (out * random_normal(*out.shape, seed=1).to(out.dtype)).sum().backward()
+        flat = [torch.cat([grad.double().flatten() for grad in gradients(m).values()]) for m in (trunk, exact)]
+        results.append((flat[0] - flat[1]).norm() / flat[1].norm())
+    assert results[0] < 1.2 * results[1]
+
+
+def test_passes_share_a_region_of_autocast() -> None:
+    """Casts of weights are cached in it: neither pass may take some from the other that have no graph."""
+    trunks = [make(flag, spectral_norm=False).float() for flag in (True, False)]
     with torch.autocast("cpu", torch.bfloat16):
-        trunk(X.float())
-        trunk.reversible = False
-        found, expected = run(trunk, X.float())[1], run(plain, X.float())[1]
-    assert error(found, expected) == 0
+        for trunk in trunks:
+            trunk(X.float())
+            trunk.reversible = False
+            backward(trunk, X.float())
+    assert error(*map(gradients, trunks)) == 0
 
 
 def test_standing_statistics_count_a_batch_once() -> None:

@@ -14,6 +14,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -84,6 +85,7 @@ def test_more_processes_than_shards_are_told_once_and_none_starves(caplog):
     found = epochs(stream, 4, number=2)
     assert len(caplog.messages) == 1 and "2 shards for 4 processes" in caplog.text
     assert all(3 <= len(part) <= 6 for epoch in found for part in epoch)
+    assert all(epochs(make_stream((3, 3, 3)), 5, number=1)[0])  # nor with shards of fewer images than processes
     caplog.clear()
     epochs(stream, 2)
     assert not caplog.messages
@@ -154,6 +156,22 @@ def test_workers_change_nothing_and_each_image_comes_once(tmp_path: Path):
     assert set(seen.values()) == {1} and len(seen) == 56
     complete = epochs(stream, 2, number=2)
     assert [sorted(itertools.chain(*epoch)) for epoch in complete] == [list(range(60))] * 2
+
+
+def test_crops_of_a_stream_are_drawn_by_sample_number():
+    noise = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40), np.uint8)).save(noise, "PNG")
+    stream = ImageStream(lambda index: [(noise.getvalue, 0)] * 5, 1, name="shards")
+    augmentation = AugmentationConfig(crop_scale=(0.2, 0.5), original=True)
+
+    def batches(size: int, **options):
+        return Images(stream, PLAIN, 1, augmentation=augmentation, workers=0, head=1).batches(size, 7, **options)
+
+    whole = batches(4)
+    crops = torch.cat([whole.at(k) for k in (0, 4, 8)])
+    assert len(crops.unique(dim=0)) == 12
+    parts = [batches(4, rank=rank, world_size=2) for rank in range(2)]
+    assert torch.equal(torch.cat([part.at(k) for k in (0, 4, 8) for part in parts]), crops)
 
 
 def test_the_head_of_a_stream_has_indices_and_labels():

@@ -406,3 +406,18 @@ def test_augmentation_config_is_checked_and_survives_json():
     for wrong in ({"crop_scale": (0.5, 0.1)}, {"crop_scale": (0.0, 1.0)}, {"aspect": (1.0,)}, {"shift": -1}):
         with pytest.raises(ConfigError, match=next(iter(wrong))):
             AugmentationConfig(**wrong)
+
+
+def test_a_range_of_a_split(tmp_path: Path) -> None:
+    for i in range(6):
+        folder = tmp_path / "abc"[i // 2]
+        folder.mkdir(exist_ok=True)
+        Image.fromarray(np.full((4, 4), 10 * i, np.uint8)).save(folder / f"{i}.png")
+    config = PreprocessConfig(4)
+    whole, first, rest = (open_dataset(tmp_path, split=split) for split in ("train", "train[:4]", "train[4:]"))
+    values = [data.decode_all(config, 1)[:, 0, 0, 0].tolist() for data in (whole, first, rest)]
+    assert values == [[0, 10, 20, 30, 40, 50], [0, 10, 20, 30], [40, 50]]
+    assert first.labels.tolist() == [0, 0, 1, 1] and rest.labels.tolist() == [2, 2]
+    assert first.class_names == whole.class_names and len({d.digest for d in (whole, first, rest)}) == 3
+    with pytest.raises(ValueError, match="leaves no images of 6"):
+        open_dataset(tmp_path, split="train[6:]")

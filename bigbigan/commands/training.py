@@ -52,7 +52,8 @@ def _add_train(commands: Commands) -> None:
         "does not fit, accumulate=K takes the mean gradient of K micro-batches. For networks without batch norm (D)\n"
         "that is the gradient of the batch; in G and E each micro-batch is normalised by itself, so it differs.",
         "Example: bigbigan train bigbigan-fashion-mnist-32 --data data/fashion_mnist --run runs/a --set lr_d=2e-4\n"
-        "Exit codes: 0 done, 1 a loss is not finite, 2 wrong usage or data, 130 interrupted, 143 terminated.",
+        "Exit codes: 0 done, 1 diverged, or the disk or another process failed, 2 wrong usage or data,\n"
+        "130 interrupted, 143 terminated.",
     )
     parser.add_argument("recipe", metavar="RECIPE", help="a name from `bigbigan recipes`")
     parser.add_argument(
@@ -207,6 +208,8 @@ def _keys(data: dict[str, Any], prefix: str = "") -> list[str]:
 
 
 def _train(arguments: argparse.Namespace) -> int:
+    from torch.distributed.elastic.multiprocessing.errors import record
+
     from bigbigan.config import to_dict
     from bigbigan.training.cost import estimate
     from bigbigan.training.distributed import PeerError
@@ -224,8 +227,10 @@ def _train(arguments: argparse.Namespace) -> int:
     set_threads(arguments)
     device = choose_device(arguments.device)
     data = open_training_data(arguments.data, split=arguments.split)
+    # Under torchrun the error goes into its last message too.
+    run = record(train) if "TORCHELASTIC_ERROR_FILE" in os.environ else train
     try:
-        train(
+        run(
             config,
             data,
             arguments.folder,
@@ -239,7 +244,7 @@ def _train(arguments: argparse.Namespace) -> int:
     except TrainingStopped as stopped:
         print(f"bigbigan train: {stopped}", file=sys.stderr)
         return stopped.exit_code
-    except (FloatingPointError, PeerError) as error:
+    except (FloatingPointError, OSError, PeerError) as error:
         print(f"bigbigan train: {error}; the last checkpoint in {arguments.folder} stands", file=sys.stderr)
         return 1
     return 0

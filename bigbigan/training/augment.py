@@ -31,7 +31,7 @@ class AugmentationConfig:
     flip: bool = False
     shift: int = 0  # up to so many pixels each way, black behind
     original: bool = False  # crop the picture as it was decoded
-    filter: Literal["bicubic", "bilinear"] = "bicubic"  # scales a crop of the original; Pillow's, antialiased
+    filter: Literal["bicubic", "bilinear"] = "bicubic"  # scales such a crop; antialiased, unlike TensorFlow's
 
     def __post_init__(self) -> None:
         for name, low, high in (("crop_scale", 1e-3, 1.0), ("aspect", 0.1, 10.0)):

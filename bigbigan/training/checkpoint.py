@@ -24,7 +24,7 @@ from torch import Tensor
 
 from bigbigan.files import sync
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 SUFFIX = ".safetensors"
 PARTIAL = ".partial-"  # prefix of folders being written or removed
@@ -75,8 +75,7 @@ def save_checkpoint(
     if json.loads(json.dumps(state, allow_nan=False)) != state:
         raise ValueError(f"JSON changes {state}; use lists for tuples and strings for keys")
     folder.mkdir(parents=True, exist_ok=True)
-    for leftover in folder.glob(f"{PARTIAL}*"):
-        shutil.rmtree(leftover)  # of a process killed in here
+    remove_leftovers(folder)
     if final.exists():
         try:
             return _load(final).path
@@ -125,6 +124,12 @@ def load_checkpoint(folder: str | Path, step: int | None = None) -> Checkpoint |
     if errors:
         raise CheckpointError(f"no checkpoint in {folder} is intact: {'; '.join(errors)}")
     return None
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Removes what a process left that was killed while it saved."""
+    for leftover in folder.glob(f"{PARTIAL}*"):
+        shutil.rmtree(leftover)
 
 
 def _name(step: int) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import os
 import signal
+import threading
 from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -90,6 +92,9 @@ class Decoder(Dataset[Decoded]):
     def decode(self, source: Source, draws: np.ndarray | None = None) -> np.ndarray:
         """[C, S, S] uint8.
 
+        JPEGs are decoded at full size, never by Pillow's draft mode: pixels would differ, and of ImageNet's crops at
+        256 pixels next to none is large enough for it.
+
         Raises:
             BadImageError: it cannot be read.
         """
@@ -126,14 +131,24 @@ def decode_jobs(decoder: Decoder, jobs: Iterable[Job], workers: int) -> Generato
     """Results in the order of the jobs, decoded ahead by `workers` processes (0: here, when asked for).
 
     Jobs are taken from their iterator in this process, so the workers' number changes no result. Workers leave
-    SIGINT and a first SIGTERM to this process, which may want to finish its step. Close the iterator when done.
+    SIGINT and SIGTERM to this process, which may want to finish its step first.
 
     Raises:
         RuntimeError: a worker died.
     """
+    failure: Exception | None = None
+
+    def watched() -> Generator[Job, None, None]:
+        nonlocal failure
+        try:
+            yield from jobs
+        except Exception as error:
+            failure = error
+            raise
+
     loader = DataLoader(
         decoder,
-        sampler=jobs,
+        sampler=watched(),
         batch_size=None,
         num_workers=workers,
         prefetch_factor=2 if workers else None,
@@ -143,10 +158,15 @@ def decode_jobs(decoder: Decoder, jobs: Iterable[Job], workers: int) -> Generato
     )
     try:
         yield from loader
-    except RuntimeError as error:
-        if not str(error).startswith("DataLoader worker"):
+    except (RuntimeError, ConnectionError, EOFError, FileNotFoundError) as error:
+        # Torch's word for it; or a broken pipe, when it died while it handed a batch over.
+        died = str(error).startswith("DataLoader worker")
+        if not isinstance(error, RuntimeError):
+            died = workers > 0 and error is not failure and not str(error).startswith("Caught ")
+        if not died:
             raise
-        raise RuntimeError(f"{error} It decodes images; too little memory is the usual cause: try fewer") from error
+        hint = "It decodes images; too little memory is the usual cause: try fewer workers"
+        raise RuntimeError(f"a DataLoader worker died ({error}). {hint}") from error
 
 
 def _unchanged(item: Decoded) -> Decoded:
@@ -154,8 +174,14 @@ def _unchanged(item: Decoded) -> Decoded:
 
 
 def _leave_signals(worker: int) -> None:
-    def second_acts(signum: int, frame: object) -> None:
-        signal.signal(signum, signal.SIG_DFL)  # not ignored for good: Python's exit sends it too, and waits
-
+    """Ctrl-C and `kill` reach a whole group of processes, but only the parent may end a worker."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, second_acts)
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS and Windows, where SIGTERM ends it
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_obey_parent, daemon=True).start()
+
+
+def _obey_parent() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)

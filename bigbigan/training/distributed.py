@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,9 +18,11 @@ from torch.nn.parallel import DistributedDataParallel
 from bigbigan.layers import synchronize_batch_norm
 from bigbigan.training.step import TrainingState
 
+ECHO_SECONDS = 3.0  # torchrun looks after its processes every 0.1 seconds
+
 
 class PeerError(RuntimeError):
-    """The main process failed; its own error says why."""
+    """Another process of the run failed."""
 
 
 @dataclass(frozen=True)
@@ -48,17 +51,14 @@ class Processes:
         Raises:
             PeerError: in the other processes, if `work` failed.
         """
-        error = None
         if self.is_main:
             try:
                 work()
-            except BaseException as caught:
-                error = caught
-        failed = self.any(error is not None)
-        if error is not None:
-            raise error
-        if failed:
-            raise PeerError("the main process failed; its error is printed by rank 0")
+            except Exception as error:
+                self.gather(f"{type(error).__name__}: {error}")
+                raise
+        if failure := self.gather(None)[0]:
+            raise PeerError(f"the main process failed with {failure}")
 
     def gather(self, value: Any) -> list[Any]:
         """JSON-able values of all processes, in order of rank."""
@@ -96,7 +96,13 @@ class Processes:
                 # Buffers need no broadcast: every process computes the same ones.
                 parallel = DistributedDataParallel(parallel, device_ids=devices, broadcast_buffers=False)
             state.parallel[name] = parallel
-        state.all_finite = lambda loss: not self.any(not torch.isfinite(loss))  # type: ignore[method-assign]
+        state.all_finite = self._all_finite  # type: ignore[method-assign]
+
+    def _all_finite(self, loss: torch.Tensor) -> bool:
+        own = bool(torch.isfinite(loss))
+        if self.any(not own) and own:
+            raise PeerError("a loss is not finite in another process")
+        return own
 
 
 @contextmanager
@@ -104,6 +110,7 @@ def join_processes(device: str = "cpu", timeout_minutes: float = 30.0) -> Iterat
     """The processes that torchrun started (WORLD_SIZE and its kin in the environment), or this one alone.
 
     On "cuda" each takes the device of its local rank. After `timeout_minutes` without an answer a collective fails.
+    A process that fails only because another one did waits a moment, so that torchrun names the other.
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if world_size == 1:
@@ -116,5 +123,8 @@ def join_processes(device: str = "cpu", timeout_minutes: float = 30.0) -> Iterat
     dist.init_process_group("nccl" if own.type == "cuda" else "gloo", timeout=timedelta(minutes=timeout_minutes))
     try:
         yield Processes(rank, world_size, own)
+    except RuntimeError:  # of a collective, as a rule
+        time.sleep(ECHO_SECONDS)
+        raise
     finally:
         dist.destroy_process_group()

@@ -19,18 +19,26 @@ from tqdm import tqdm
 
 from bigbigan.config import ConfigError, ModelInfo
 from bigbigan.training.batches import Images
-from bigbigan.training.checkpoint import load_checkpoint, load_optimizer, optimizer_tensors, save_checkpoint
+from bigbigan.training.checkpoint import (
+    CheckpointError,
+    load_checkpoint,
+    load_optimizer,
+    optimizer_tensors,
+    save_checkpoint,
+)
 from bigbigan.training.config import TrainConfig
 from bigbigan.training.distributed import Processes, join_processes
 from bigbigan.training.export import inference_model
 from bigbigan.training.latents import draw_latents
 from bigbigan.training.monitor import Monitor
-from bigbigan.training.runfolder import keep_snapshot, prepare
+from bigbigan.training.runfolder import check_same_run, describe, keep_snapshot, prepare, snapshot_name
 from bigbigan.training.sources import ImageDataset
 from bigbigan.training.step import Batch, TrainingState, train_step
 from bigbigan.training.streaming import ImageStream
 
 logger = logging.getLogger(__name__)
+
+REPEAT_SECONDS = 1.0  # `timeout`, torchrun and schedulers send a signal to the process and to its group
 
 
 class TrainingStopped(Exception):
@@ -67,7 +75,9 @@ def train(
     Raises:
         ConfigError: the folder holds a run with another configuration or other data.
         ValueError: the batch does not split over the processes; too many images are unreadable.
-        FloatingPointError: a loss is not finite; the last checkpoint stands.
+        FloatingPointError: a loss or a weight is not finite; the last checkpoint stands.
+        OSError: from the disk; the last checkpoint stands.
+        PeerError: another process failed.
         TrainingStopped: after a signal.
     """
     deadline = time.monotonic() + 60 * (max_minutes or float("inf"))
@@ -79,6 +89,8 @@ def train(
                    disable=None if processes.is_main else True)  # fmt: skip
         stack.enter_context(bar)
         received = stack.enter_context(_signals())
+        if state.lacks_snapshot:
+            state.snapshot()
         while state.step < state.total:
             metrics = train_step(state.training, state.make_batch, state.num_images + config.batch_size)
             state.step += 1
@@ -86,12 +98,14 @@ def train(
             if state.crosses(config.log_images):
                 state.log(metrics, bar.disable)
             stopping = processes.any(bool(received) or time.monotonic() > deadline)
-            improved = state.crosses(config.snapshot_images) and state.snapshot()
-            if improved or stopping or state.crosses(config.checkpoint_images):
+            # First the checkpoint: who sends a signal does not wait for a snapshot.
+            if stopping or state.crosses(config.checkpoint_images) or state.crosses(config.snapshot_images):
                 state.checkpoint()
+            if stopping and processes.any(bool(received)):
+                raise TrainingStopped(received[0] if received else signal.SIGTERM)
+            if state.crosses(config.snapshot_images):
+                state.snapshot()
             if stopping:
-                if processes.any(bool(received)):
-                    raise TrainingStopped(received[0] if received else signal.SIGTERM)
                 break
     return Path(run)
 
@@ -112,7 +126,8 @@ class _Run:
         check_split(config, processes)
         self.config, self.folder, self.processes, self.keep = config, folder, processes, keep
         self.keep_snapshots = keep_snapshots
-        processes.on_main(lambda: prepare(folder, config, data))
+        self.description = describe(config, data)
+        processes.on_main(lambda: prepare(folder, self.description))
         model, augmentation = config.model, config.augmentation
         self.images = Images(data, model.preprocess, model.image_channels, augmentation=augmentation, workers=workers)
         self.batches = self.images.batches(
@@ -121,6 +136,7 @@ class _Run:
         self.monitor = Monitor(self.images, self.images.labels, config) if processes.is_main else None
         self.training = TrainingState(config, processes.device)
         self.step, self.total = 0, -(-config.total_images // config.batch_size)
+        self.metrics, self.lacks_snapshot = folder / "metrics.jsonl", False
         self.seconds = 0.0
         self.best: dict[str, Any] | None = None
         self._resume()
@@ -158,9 +174,8 @@ class _Run:
             left = (self.total * self.config.batch_size - self.num_images) * rate / images / 60
             logger.info("%s, %.0f minutes left", json.dumps(record), left)
 
-    def snapshot(self) -> bool:
-        """Exports a model, looks at it and keeps it if it is the best; whether it is, in all processes."""
-        before = self.best
+    def snapshot(self) -> None:
+        """Exports a model, looks at it, and keeps it beside the best."""
 
         def work() -> None:
             assert self.monitor is not None
@@ -175,7 +190,6 @@ class _Run:
             self.best = keep_snapshot(model, snapshots, scores, self.best, self.step, keep_all=self.keep_snapshots)
 
         self.processes.on_main(work)
-        return self.processes.any(self.best is not before)
 
     def checkpoint(self) -> None:
         self._pause()
@@ -183,9 +197,14 @@ class _Run:
 
         def work() -> None:
             tensors = {name: dict(network.state_dict()) for name, network in self._networks().items()}
-            extra: dict[str, Any] = {"seconds": self.seconds, "best": self.best, "data": places}
+            extra: dict[str, Any] = {"run": self.description, "seconds": self.seconds, "best": self.best}
+            extra |= {"data": places, "metrics_bytes": self.metrics.stat().st_size if self.metrics.exists() else 0}
             for name, optimizer in self._optimizers().items():
                 tensors[name], extra[name] = optimizer_tensors(optimizer)
+            for group, members in tensors.items():
+                for name, tensor in members.items():
+                    if not tensor.isfinite().all():
+                        raise FloatingPointError(f"{name} of {group} is not finite after step {self.step}")
             protect = (self.best["step"],) if self.best else ()
             folder = self.folder / "checkpoints"
             save_checkpoint(folder, self.step, tensors, extra, keep=self.keep, protect=protect)
@@ -194,8 +213,12 @@ class _Run:
 
     def _resume(self) -> None:
         checkpoint = load_checkpoint(self.folder / "checkpoints")
+        steps = self.processes.gather(checkpoint.step if checkpoint else None)
+        if len(set(steps)) > 1:
+            raise CheckpointError(f"the processes read checkpoints of steps {steps} in {self.folder}: is it shared?")
         if checkpoint is None:
             return
+        check_same_run(checkpoint.path, checkpoint.state["run"], self.description)
         for name, network in self._networks().items():
             network.load_state_dict(checkpoint.tensors[name], strict=True)
         for name, optimizer in self._optimizers().items():
@@ -211,6 +234,13 @@ class _Run:
         if self.processes.is_main:
             logger.info("going on from %s", checkpoint.path)
         self.step, self.seconds, self.best = checkpoint.step, checkpoint.state["seconds"], checkpoint.state["best"]
+        # A checkpoint is older than its step's snapshot, which may have been lost; only a finished run is known whole.
+        done = self.step == self.total and (self.folder / "snapshots" / snapshot_name(self.num_images)).exists()
+        done = self.processes.any(self.processes.is_main and done)
+        self.lacks_snapshot = not done and self.crosses(self.config.snapshot_images)
+        if self.processes.is_main and not done and self.metrics.exists():
+            # what was written after the checkpoint comes again
+            os.truncate(self.metrics, min(self.metrics.stat().st_size, checkpoint.state["metrics_bytes"]))
 
     def _networks(self) -> dict[str, nn.Module]:
         averages = {f"ema_{name}": average.module for name, average in self.training.ema.items()}
@@ -227,7 +257,7 @@ class _Run:
 
     def _write(self, record: dict[str, Any]) -> None:
         if self.processes.is_main:
-            with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+            with open(self.metrics, "a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
 
 
@@ -251,10 +281,15 @@ def _signals() -> Iterator[list[int]]:
     """Collects SIGTERM and SIGINT so that the step can be finished; a second signal acts at once."""
     received: list[int] = []
     previous: dict[int, Any] = {}
+    first = float("inf")
 
     def handle(signum: int, frame: object) -> None:
+        nonlocal first
+        first = min(first, time.monotonic())
+        if time.monotonic() - first > REPEAT_SECONDS:
+            signal.signal(signum, previous[signum])
+            signal.raise_signal(signum)
         received.append(signum)
-        signal.signal(signum, previous[signum])
 
     for signum in map(int, (signal.SIGTERM, signal.SIGINT)):
         previous[signum] = signal.getsignal(signum)

@@ -12,30 +12,48 @@ from pathlib import Path
 from typing import Any
 
 from bigbigan.config import ConfigError, from_dict, to_dict
-from bigbigan.files import atomic_write
+from bigbigan.files import atomic_write, sync
 from bigbigan.model import BigBiGAN
+from bigbigan.training.checkpoint import remove_leftovers
 from bigbigan.training.config import TrainConfig
 from bigbigan.training.sources import ImageDataset
 from bigbigan.training.streaming import ImageStream
 
 
-def prepare(run: Path, config: TrainConfig, data: ImageDataset | ImageStream) -> None:
-    """Writes the run's configuration, or compares with what is there."""
-    wanted = {
-        "train": to_dict(config),
-        "data": {"digest": data.digest, "images": len(data) if isinstance(data, ImageDataset) else None},
-    }
+def describe(config: TrainConfig, data: ImageDataset | ImageStream) -> dict[str, Any]:
+    """What makes a run this one and no other, JSON-able."""
+    images = len(data) if isinstance(data, ImageDataset) else None
+    return {"train": to_dict(config), "data": {"digest": data.digest, "images": images}}
+
+
+def check_same_run(path: Path, found: Any, wanted: dict[str, Any]) -> None:
+    """Compares the description at `path` with this run's.
+
+    Raises:
+        ConfigError: lists the differences.
+    """
+    if changes := list(_differences(found, wanted, "")):
+        raise ConfigError(
+            f"{path} belongs to another run: {'; '.join(changes[:10])}. Choose another folder, or its settings"
+        )
+
+
+def prepare(run: Path, wanted: dict[str, Any]) -> None:
+    """Writes the run's description, or compares with the one there and clears away what a killed process left."""
     path = run / "config.json"
     if path.exists():
-        found = json.loads(path.read_text(encoding="utf-8"))
-        changes = list(_differences(found, wanted, ""))
-        if changes:
-            raise ConfigError(
-                f"{path} belongs to another run: {'; '.join(changes[:10])}. Choose another folder, or its settings"
-            )
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ConfigError(f"{path} is no JSON ({error}); the manifest of a checkpoint has it too") from error
+        check_same_run(path, found, wanted)
+        remove_leftovers(run / "checkpoints")
+        for leftover in [*run.glob(".*.tmp"), *run.glob("*/.*.tmp")]:
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         return
     for name in ("checkpoints", "samples", "snapshots"):
         (run / name).mkdir(parents=True, exist_ok=True)
+    sync(run.parent)
     with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
 
@@ -56,6 +74,10 @@ def _differences(found: Any, wanted: Any, where: str) -> Iterator[str]:
         yield f"{where} was {found!r}, now {wanted!r}"
 
 
+def snapshot_name(num_images: int) -> str:
+    return f"images-{num_images:010d}"
+
+
 def keep_snapshot(
     model: BigBiGAN,
     folder: Path,
@@ -70,12 +92,14 @@ def keep_snapshot(
     Best is the highest held-out linear accuracy, or the newest where there is none.
     """
     num_images = model.info.provenance["num_images"]
-    name, score = f"images-{num_images:010d}", scores.get("linear_avepool_feat")
+    name, score = snapshot_name(num_images), scores.get("linear_avepool_feat")
     model.info.provenance["held_out"] = scores
     model.save(folder / name)
     if best is None or score is None or best["score"] is None or score > best["score"]:
         best = {"snapshot": name, "score": score, "num_images": num_images, "step": step}
-    for other in folder.iterdir():
+    for other in list(folder.iterdir()):
         if not keep_all and other.name not in (name, best["snapshot"]):
-            shutil.rmtree(other)
+            hidden = other.with_name(f".{other.name}.tmp")
+            os.replace(other, hidden)  # a kill halfway leaves nothing that looks like a model
+            shutil.rmtree(hidden)
     return best

@@ -105,6 +105,24 @@ class ImageDataset:
         self.labels[decoded.job.indices] = self.labels[decoded.used]
         return decoded.images
 
+    def subset(self, part: slice) -> ImageDataset:
+        """The images of a slice, renumbered from 0."""
+        numbers = range(*part.indices(len(self)))
+        if not numbers or numbers.step != 1:
+            raise ValueError(f"{part} leaves no images of {len(self)}, or is no plain range")
+        start, stop = numbers[0], numbers[-1] + 1
+        digest = hashlib.sha256(f"{self.digest}[{start}:{stop}]".encode()).hexdigest()
+        fraction, name = self.max_bad / len(self), self._name
+        sources = _Part(self.sources, start, stop)
+        return ImageDataset(
+            sources,
+            self.labels[start:stop].clone(),
+            self.class_names,
+            digest,
+            name=lambda index: name(start + index),
+            max_bad_fraction=fraction,
+        )
+
     def uint8(self, index: int, config: PreprocessConfig, channels: int) -> np.ndarray:
         """One image [C, S, S] under evaluation preprocessing; an unreadable one is replaced with a warning.
 
@@ -150,6 +168,19 @@ class ImageDataset:
         return math.prod((len(self), channels, config.resolution, config.resolution))
 
 
+class _Part(Sequence[Source]):
+    """A range of sources, read when asked for."""
+
+    def __init__(self, sources: Sequence[Source], start: int, stop: int) -> None:
+        self.sources, self.start, self.stop = sources, start, stop
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.sources[self.start + range(len(self))[index]]
+
+
 def open_dataset(path: str | Path, **options: Any) -> ImageDataset:
     """As `open_training_data`, for users that need every image's index: a stream raises ValueError."""
     data = open_training_data(path, **options)
@@ -180,10 +211,23 @@ def open_training_data(
     size of each chunk; that of image files covers their relative names, sizes and modification times, and so changes
     where a copy does not keep the times.
 
+    A split may have a range, as in the `datasets` package: "train[:50000]" is the first 50,000 images.
+
     Raises:
         ValueError: nothing of the kind at `path`, or it lacks the split, a shard or a column.
         ImportError: Parquet without pyarrow, "hf:…" or more than `max_bytes` of Parquet without datasets.
     """
+    part = re.fullmatch(r"(.+)\[(\d*):(\d*)\]", split)
+    if part is not None and not str(path).startswith("hf:"):
+        whole = open_dataset(
+            path,
+            split=part[1],
+            column=column,
+            label_column=label_column,
+            max_bad_fraction=max_bad_fraction,
+            max_bytes=max_bytes,
+        )
+        return whole.subset(slice(*(int(number) if number else None for number in part.groups()[1:])))
     options: dict[str, Any] = {"column": column, "label_column": label_column, "max_bad_fraction": max_bad_fraction}
     if str(path).startswith("hf:"):
         from bigbigan.training.huggingface import open_hugging_face

@@ -132,10 +132,15 @@ def pool_to(x: Tensor, resolution: int) -> Tensor:
     return F.avg_pool2d(x, x.shape[-1] // resolution) if x.shape[-1] != resolution else x
 
 
+def channels_last(x: Tensor) -> Tensor:
+    """A copy whose strides say so even of one channel, where any do: convolutions choose their form by them."""
+    return x.clone(memory_format=torch.channels_last)
+
+
 def make_pairs(state: TrainingState, batch: Batch) -> Pairs:
     fake_x = state.parallel["generator"](batch.z)  # [N, C, s, s]
     encoder = state.parallel.get("encoder")
-    real_z = encoder(batch.x, batch.noise).z_sample if encoder is not None else None  # [N, z_dim]
+    real_z = encoder(channels_last(batch.x), batch.noise).z_sample if encoder is not None else None  # [N, z_dim]
     return Pairs(pool_to(batch.x, fake_x.shape[-1]), real_z, fake_x, batch.z)
 
 
@@ -152,12 +157,12 @@ def score(
     if rotate_every:
         halves = [(torch.cat([x, turn(x[rotate_every - 1 :: rotate_every])]), None) for x, _ in halves]
     if separate:
-        outputs = [discriminator(x, z) for x, z in halves]
+        outputs = [discriminator(channels_last(x), z) for x, z in halves]
     else:
         x = torch.cat([x for x, _ in halves])  # [2 N, C, s, s]; with rotations [2 (N + 3 M), C, s, s]
         latents = [z.to(pairs.fake_z.dtype) for _, z in halves if z is not None]
         z = torch.cat(latents) if len(latents) == 2 else None  # [2 N, z_dim]
-        outputs = list(_halve(discriminator(x, z)))
+        outputs = list(_halve(discriminator(channels_last(x), z)))
     real, fake = (_upright(output, n, rotate_every) for output in outputs)
     return real, fake
 
