@@ -217,6 +217,9 @@ class _Run:
         if len(set(steps)) > 1:
             raise CheckpointError(f"the processes read checkpoints of steps {steps} in {self.folder}: is it shared?")
         if checkpoint is None:
+            if self.processes.is_main and self.metrics.exists():
+                logger.warning("%s holds no checkpoint: starting from the beginning", self.folder)
+                self.metrics.unlink()
             return
         check_same_run(checkpoint.path, checkpoint.state["run"], self.description)
         for name, network in self._networks().items():

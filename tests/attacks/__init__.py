@@ -1,0 +1,1 @@
+"""One script a promise; see README.md."""
