@@ -47,8 +47,8 @@ def _add_train(commands: Commands) -> None:
         "Prints the whole configuration as JSON, then trains. The run folder holds config.json, metrics.jsonl,\n"
         "samples/ (pictures), snapshots/ (model folders) and checkpoints/: the same command goes on from the last\n"
         "checkpoint, bit for bit on a CPU. SIGTERM and ctrl-C finish the step and write a checkpoint first.\n\n"
-        "Several processes: torchrun --nproc-per-node 8 -m bigbigan train … trains on all of them as one process\n"
-        "would with the same batch_size, which is that of all together; batch norm sees the whole batch. Where it\n"
+        "Several processes: torchrun --nproc-per-node 8 -m bigbigan train … --run-folder FOLDER trains on all of them\n"
+        "as one would with the same batch_size, which is that of all together; batch norm sees it whole. Where it\n"
         "does not fit, accumulate=K takes the mean gradient of K micro-batches. For networks without batch norm (D)\n"
         "that is the gradient of the batch; in G and E each micro-batch is normalised by itself, so it differs.",
         "Example: bigbigan train bigbigan-fashion-mnist-32 --data data/fashion_mnist --run runs/a --set lr_d=2e-4\n"
@@ -65,7 +65,9 @@ def _add_train(commands: Commands) -> None:
     parser.add_argument(
         "--split", default="train", metavar="SPLIT", help="of the data; train[:50000] is its first 50,000 images"
     )
-    parser.add_argument("--run", metavar="FOLDER", dest="folder", help="where the run lives")
+    parser.add_argument(
+        "--run", "--run-folder", metavar="FOLDER", dest="folder", help="where the run lives; torchrun knows a --run too"
+    )
     parser.add_argument(
         "--set",
         metavar="KEY=VALUE",

@@ -105,10 +105,10 @@ def sweep(work: Path, kills: int, processes: int, seed: int) -> dict[str, Any]:
         if number % 5 < 3:  # inside the next save
             while not marker.exists() and job.running():
                 time.sleep(0.002)
-        time.sleep(moments.uniform(0, 1.2 * SLOW))
+        time.sleep(moments.uniform(0, SLOW))
         assert job.running(), log.read_text()[-3000:]
-        job.kill(moments)
         inside += marker.exists()
+        job.kill(moments)
         marker.unlink(missing_ok=True)
         killed_at = max(killed_at, _images(run))
         found = load_checkpoint(run / "checkpoints")  # raises if none is intact

@@ -55,7 +55,7 @@ def make_data(folder: Path, seed: int = 0) -> Path:
 
 def arguments(data: Path, run: Path, *options: str, **settings: Any) -> list[str]:
     """Of `bigbigan`."""
-    command = ["train", "bigbigan-fashion-mnist-32", "--data", str(data), "--run", str(run), "--device", "cpu"]
+    command = ["train", "bigbigan-fashion-mnist-32", "--data", str(data), "--run-folder", str(run), "--device", "cpu"]
     changes = [f"--set={key}={json.dumps(value)}" for key, value in {**SETTINGS, **settings}.items()]
     return [*command, "--threads", "1", *changes, *options]
 
