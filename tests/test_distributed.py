@@ -56,7 +56,7 @@ digest = hashlib.sha256()
 for name, network in sorted(runs[0]._networks().items()):
     for key, value in network.state_dict().items():
         digest.update(value.numpy().tobytes())
-print(f"DIGEST {digest.hexdigest()}\n", end="", flush=True)  # in one write: ranks share a pipe
+print(f"DIGEST {digest.hexdigest()}\\n", end="", flush=True)  # in one write: ranks share a pipe
 """
 
 

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from bigbigan.layers import synchronize_batch_norm
 from bigbigan.training.step import TrainingState
 
-ECHO_SECONDS = 3.0  # torchrun looks after its processes every 0.1 seconds
+ECHO_SECONDS = 2.0  # torchrun looks after its processes every 0.1 seconds
 
 
 class PeerError(RuntimeError):
@@ -93,8 +93,14 @@ class Processes:
             if self.world_size > 1:
                 synchronize_batch_norm(network, dist.group.WORLD)
                 devices = [self.device] if self.device.type == "cuda" else None
-                # Buffers need no broadcast: every process computes the same ones.
-                parallel = DistributedDataParallel(parallel, device_ids=devices, broadcast_buffers=False)
+                parallel = DistributedDataParallel(
+                    parallel,
+                    device_ids=devices,
+                    broadcast_buffers=False,  # every process computes the same ones
+                    # There are none. But looking for them keeps gradients from being grouped anew after the first
+                    # step: a resumed run would do so at another step, and sums of more than two round by their place.
+                    find_unused_parameters=devices is None,
+                )
             state.parallel[name] = parallel
         state.all_finite = self._all_finite  # type: ignore[method-assign]
 

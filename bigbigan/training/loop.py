@@ -84,6 +84,9 @@ def train(
     with join_processes(device, timeout_minutes) as processes, contextlib.ExitStack() as stack:
         state = _Run(config, data, Path(run), processes, keep, keep_snapshots, workers)
         stack.callback(state.batches.close)
+        # The wrappers must not outlive the process group: the last of its owners waits for its thread, and one that
+        # holds Python's lock meanwhile, as these do, may wait forever.
+        stack.callback(state.training.parallel.clear)
         # A bar on a terminal.
         bar = tqdm(total=state.total * config.batch_size, initial=state.num_images, unit="img", desc=config.name,
                    disable=None if processes.is_main else True)  # fmt: skip

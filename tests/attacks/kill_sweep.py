@@ -34,7 +34,7 @@ def _child(faults: dict[str, Any], train: list[str], log: Path) -> None:
     with open(log, "a") as file:
         os.dup2(file.fileno(), 1), os.dup2(file.fileno(), 2)
     training_run.plant(faults)
-    os._exit(training_run.cli.main(train))
+    sys.exit(training_run.cli.main(train))
 
 
 class _Job:

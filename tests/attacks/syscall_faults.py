@@ -22,7 +22,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from bigbigan.training.checkpoint import PARTIAL, load_checkpoint
 from tests.attacks import training_run
 from tests.attacks.training_run import BATCH, arguments, make_data, result, strays
 
-ERRORS = (errno.ENOSPC, errno.EIO, errno.EACCES)
+ERRORS = ("ENOSPC", "EIO", "EACCES")
 
 
 class Disk:
@@ -62,7 +62,7 @@ class Disk:
             self.call("open", file)
             return _File(plain(file, mode, *rest, **options), self)
 
-        builtins.open = io.open = faulty_open  # type: ignore[assignment]
+        builtins.open = io.open = faulty_open
 
     def _wrap(self, module: Any, name: str, applies: Callable[[Any], bool] = lambda path: True) -> None:
         plain = getattr(module, name)
@@ -130,10 +130,11 @@ def _run(train: list[str], run: Path, log: Path, scope: str, fail: int, number: 
 
     loop.save_checkpoint = watched
     disk.install()
+    training_run.plant({})
     code = training_run.cli.main(train)
     disk.active = False
     calls.write_text(json.dumps(disk.calls))
-    os._exit(code)
+    sys.exit(code)
 
 
 def check_order(calls: list[tuple[str, str]], checkpoints: Path) -> int:
@@ -152,7 +153,7 @@ def check_order(calls: list[tuple[str, str]], checkpoints: Path) -> int:
     return len(files)
 
 
-def sweep(work: Path, scope: str, errors: tuple[int, ...] = ERRORS, every: int = 1) -> dict[str, Any]:
+def sweep(work: Path, scope: str, errors: Sequence[str] = ERRORS, every: int = 1) -> dict[str, Any]:
     """Counts; an assertion fails if the promise is broken. Of the calls, each `every`-th fails."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([training_run.__name__, __name__])
@@ -167,7 +168,9 @@ def sweep(work: Path, scope: str, errors: tuple[int, ...] = ERRORS, every: int =
         return int(child.exitcode or 0)
 
     def start(run: Path) -> None:  # with one checkpoint, to which nothing may happen
-        assert scope == "run" or train(run, command=[*arguments(data, run, "--keep", "1", **settings), *first[-2:]]) == 0
+        assert (
+            scope == "run" or train(run, command=[*arguments(data, run, "--keep", "1", **settings), *first[-2:]]) == 0
+        )
 
     start(work / "whole")
     assert train(work / "whole") == 0, log.read_text()
@@ -178,7 +181,7 @@ def sweep(work: Path, scope: str, errors: tuple[int, ...] = ERRORS, every: int =
         count["synced_before_rename"] = check_order(found[:second], work / "whole" / "checkpoints")
     faults = 0
     for fail in range(1, len(found) + 1, every):
-        for number in errors:
+        for number in (getattr(errno, name) for name in errors):
             run, faults = work / f"run-{fail}-{number}", faults + 1
             start(run)
             code = train(run, fail, number)
@@ -195,13 +198,15 @@ def sweep(work: Path, scope: str, errors: tuple[int, ...] = ERRORS, every: int =
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--every", type=int, default=1, help="of the calls of a whole run")
+    parser.add_argument("--scope", nargs="+", choices=("save", "run"), default=("save", "run"))
+    parser.add_argument("--errors", nargs="+", default=ERRORS)
+    parser.add_argument("--every", type=int, default=1, help="take each N-th call only")
     options = parser.parse_args()
     logging.disable()
-    for scope, every in (("save", 1), ("run", options.every)):
+    for scope in options.scope:
         start = time.monotonic()
         with tempfile.TemporaryDirectory() as work:
-            counts = sweep(Path(work), scope, every=every)
+            counts = sweep(Path(work), scope, options.errors, options.every)
         print(json.dumps({**counts, "seconds": round(time.monotonic() - start)}), flush=True)
     return 0
 

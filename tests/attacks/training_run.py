@@ -20,14 +20,17 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch._dynamo  # which Adam takes a second to import: once, in a fork server
 from PIL import Image
+from tqdm import tqdm
 
 from bigbigan import cli
 from bigbigan.config import to_dict
 from bigbigan.presets import PRESETS
-from bigbigan.training import checkpoint, loop
+from bigbigan.training import checkpoint, cost, loop
 from bigbigan.training.batches import Batches
 
+tqdm.get_lock()  # a semaphore, which a killed child would leave behind: theirs is that of the fork server
 ROOT = Path(__file__).parents[2]
 BATCH = 4
 SETTINGS = {
@@ -73,7 +76,9 @@ def environment() -> dict[str, str]:
 
 def result(run: Path) -> dict[str, str]:
     """sha256 of what a run's newest checkpoint and newest snapshot hold, and of its metrics but for times."""
-    newest = max(path for path in (run / "checkpoints").iterdir() if path.name.startswith("step-"))
+    loaded = checkpoint.load_checkpoint(run / "checkpoints")
+    assert loaded is not None
+    newest = loaded.path
     snapshot = max((run / "snapshots").iterdir())
     files = [*sorted(newest.glob("*.safetensors")), *sorted(snapshot.glob("*.safetensors"))]
     found = {f"{file.parent.name}/{file.name}": hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
@@ -87,7 +92,8 @@ def strays(run: Path) -> list[str]:
 
 
 def plant(faults: dict[str, Any]) -> None:
-    """Plants faults in this process for good."""
+    """Plants faults in this process for good, and leaves out the estimate of the cost, most of a tiny run's time."""
+    cost.estimate = lambda config: cost.Cost({}, 0, 0, 0)
     if "slow" in faults:
         _slow_saves(faults["slow"], Path(faults["marker"]))
     if faults.get("rank") == int(os.environ.get("RANK", "0")):
@@ -166,9 +172,9 @@ def _plant_one(kind: str, where: str, step: int) -> None:
 
     loop.train_step = faulty_step
     if where == "data":
-        Batches.at = faulty_at  # type: ignore[method-assign]
+        Batches.at = faulty_at
     if where == "save":
-        loop._Run.checkpoint = faulty_save  # type: ignore[method-assign]
+        loop._Run.checkpoint = faulty_save
 
 
 def main() -> int:

@@ -1,0 +1,237 @@
+"""Training loses no work: the attacks in small, and what a run does when it is stopped, full of NaN or out of disk."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from bigbigan.cli import main
+from bigbigan.config import to_dict
+from bigbigan.presets import PRESETS
+from bigbigan.training import checkpoint, cost, loop
+from bigbigan.training.checkpoint import CheckpointError, load_checkpoint
+from bigbigan.training.config import TrainConfig
+from bigbigan.training.data import open_dataset
+from bigbigan.training.distributed import Processes
+
+CONFIG = TrainConfig(
+    "tiny",
+    PRESETS["bigbigan-tiny"].config,
+    total_images=24,
+    batch_size=4,
+    standing_passes=1,
+    log_images=4,
+    checkpoint_images=4,
+    snapshot_images=8,
+    probe_images=0,
+)
+
+
+def attack(script: str, *options: str) -> dict[str, Any]:
+    """What a script of tests/attacks counts; it fails by itself."""
+    command = [sys.executable, "-m", f"tests.attacks.{script}", *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=Path(__file__).parents[1])
+    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_kills_cost_nothing_that_was_saved() -> None:
+    assert attack("kill_sweep", "--kills", "3")["inside_a_save"] >= 2
+
+
+def test_a_failing_call_costs_no_checkpoint_and_is_not_kept_quiet() -> None:
+    assert attack("syscall_faults", "--scope", "save", "--errors", "ENOSPC", "--every", "34")["faults"] >= 3
+
+
+def test_no_resumption_is_silent() -> None:
+    assert attack("silent_resume", "--every", "9")["attacks"] >= 15
+
+
+def test_a_failure_of_one_rank_ends_all_and_is_named() -> None:
+    options = ("--ranks", "2", "--kinds", "raise", "--places", "save", "--faulty", "0", "--ends-only")
+    assert attack("rank_faults", *options)["faults"] == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("script", "options"),
+    [
+        ("kill_sweep", "--kills 50"),
+        ("kill_sweep", "--kills 50 --processes 2"),
+        ("syscall_faults", "--scope save"),
+        ("syscall_faults", "--scope run --errors ENOSPC --every 3"),
+        ("silent_resume", ""),
+        ("rank_faults", "--ranks 4"),
+        ("soak", ""),
+    ],
+)
+def test_attacks_at_length(script: str, options: str) -> None:
+    attack(script, *options.split())
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    draws = np.random.default_rng(0)
+    for i in range(12):
+        Image.fromarray(draws.integers(0, 256, (32, 32, 3), np.uint8)).save(folder / f"{i}.png")
+    return folder
+
+
+def train(photos: Path, run: Path, **options: Any) -> Path:
+    return loop.train(CONFIG, open_dataset(photos), run, **options)
+
+
+def steps(run: Path) -> list[int]:
+    return sorted(int(path.name[5:]) for path in (run / "checkpoints").iterdir())
+
+
+def metrics(run: Path) -> list[dict[str, float]]:
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [{k: v for k, v in line.items() if k not in ("seconds", "images_per_second")} for line in lines]
+
+
+def scores(monkeypatch: pytest.MonkeyPatch, values: list[float]) -> None:
+    given = iter(values)
+    monkeypatch.setattr(loop.Monitor, "__call__", lambda *_: {"linear_avepool_feat": next(given)})
+
+
+def test_newest_checkpoints_stay_and_that_of_the_best_snapshot(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores(monkeypatch, [0.9, 0.5, 0.7])  # at steps 2, 4, 6
+    assert steps(train(photos, tmp_path / "early", keep=1)) == [2, 6]
+    scores(monkeypatch, [0.5, 0.9, 0.7])
+    assert steps(train(photos, tmp_path / "later", keep=1)) == [4, 6]
+    scores(monkeypatch, [0.5, 0.7, 0.9])
+    assert steps(train(photos, tmp_path / "last", keep=2)) == [4, 5, 6]  # 4 was the best when 6 was saved
+    assert [path.name for path in (tmp_path / "last" / "snapshots").iterdir()] == ["images-0000000024"]
+
+
+def signal_at(monkeypatch: pytest.MonkeyPatch, step: int, times: int = 1) -> None:
+    plain = loop.train_step
+
+    def step_with_signal(state: Any, batches: Any, num_images: int) -> Any:
+        if num_images == step * CONFIG.batch_size:
+            for _ in range(times):
+                signal.raise_signal(signal.SIGTERM)
+        return plain(state, batches, num_images)
+
+    monkeypatch.setattr(loop, "train_step", step_with_signal)
+
+
+def test_a_signal_brings_a_checkpoint_before_the_snapshot_which_is_made_up_for(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    signal_at(monkeypatch, 4, times=2)  # as `timeout` does: to the process, and to its group
+    with pytest.raises(loop.TrainingStopped):
+        train(photos, run)
+    assert steps(run)[-1] == 4
+    assert [path.name for path in (run / "snapshots").iterdir()] == ["images-0000000008"]
+    monkeypatch.undo()
+    train(photos, run, max_minutes=1e-9)
+    assert "images-0000000016" in [path.name for path in (run / "snapshots").iterdir()]
+    train(photos, run)
+    whole = train(photos, tmp_path / "whole")
+    assert metrics(run) == metrics(whole)
+    before = (run / "metrics.jsonl").read_bytes()
+    train(photos, run)  # finished: nothing to do
+    assert (run / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_snapshot_that_fails_is_made_again(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = loop.keep_snapshot
+
+    def full(*arguments: Any, **options: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    run = tmp_path / "run"
+    monkeypatch.setattr(loop, "keep_snapshot", full)
+    with pytest.raises(OSError, match="No space left"):
+        train(photos, run)
+    assert steps(run)[-1] == 2
+    monkeypatch.setattr(loop, "keep_snapshot", plain)
+    assert metrics(train(photos, run)) == metrics(train(photos, tmp_path / "whole"))
+
+
+def test_weights_that_are_not_finite_are_not_saved(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An update can overflow after a finite loss; saved, it would replace the last good state."""
+    plain = loop.train_step
+
+    def step_that_overflows(state: Any, batches: Any, num_images: int) -> Any:
+        found = plain(state, batches, num_images)
+        if num_images == 12:
+            next(state.ema["encoder"].module.parameters()).data.fill_(float("inf"))
+        return found
+
+    monkeypatch.setattr(loop, "train_step", step_that_overflows)
+    with pytest.raises(FloatingPointError, match=r"of ema_encoder is not finite after step 3"):
+        train(photos, tmp_path / "run", keep=1)
+    saved = load_checkpoint(tmp_path / "run" / "checkpoints")
+    assert saved is not None and saved.step == 2
+    assert all(value.isfinite().all() for group in saved.tensors.values() for value in group.values())
+
+
+def test_processes_that_read_different_checkpoints_are_refused(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(photos, tmp_path / "run", max_minutes=1e-9)
+    monkeypatch.setattr(Processes, "gather", lambda self, value: [value, 0] if isinstance(value, int) else [value])
+    with pytest.raises(CheckpointError, match=r"steps \[1, 0\].*is it shared"):
+        train(photos, tmp_path / "run")
+
+
+def test_a_finite_loss_does_not_count_where_another_is_nan(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Processes, "any", lambda self, flag: True)
+    assert Processes()._all_finite(torch.tensor(float("nan"))) is False
+    with pytest.raises(RuntimeError, match="not finite in another process"):
+        Processes()._all_finite(torch.tensor(1.0))
+
+
+def test_a_full_disk_ends_with_1_and_says_what_stands(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain, run = checkpoint._write_file, tmp_path / "run"
+
+    def write_until_full(path: Path, data: bytes) -> None:
+        if path.parent.name.endswith("step-00000003"):
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        plain(path, data)
+
+    monkeypatch.setattr(checkpoint, "_write_file", write_until_full)
+    monkeypatch.setattr(cost, "estimate", lambda config: cost.Cost({}, 0, 0, 0))
+    values = to_dict(CONFIG).items()
+    settings = [f"--set={key}={json.dumps(value)}" for key, value in values]
+    recipe = "bigbigan-fashion-mnist-32"
+    assert main(["train", recipe, "--data", str(photos), "--run", str(run), "--device", "cpu", *settings]) == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "No space left on device" in last and f"the last checkpoint in {run} stands" in last
+    assert steps(run) == [1, 2]
+    assert not list(run.rglob(".*"))
+
+
+def test_what_a_kill_left_behind_goes_even_after_the_end(photos: Path, tmp_path: Path) -> None:
+    run = train(photos, tmp_path / "run")
+    for name in ("checkpoints/.partial-old-step-00000004", "snapshots/.images-0000000024.x.tmp"):
+        (run / name).mkdir()
+        (run / name / "generator.safetensors").touch()
+    for name in (".config.json.x.tmp", "samples/.samples-0000000024.png.x.tmp"):
+        (run / name).touch()
+    train(photos, run)
+    assert not list(run.rglob(".*"))
