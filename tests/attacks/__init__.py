@@ -1,0 +1,1 @@
+"""Attacks on what reads foreign files: see README.md in this folder."""
