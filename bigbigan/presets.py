@@ -70,8 +70,8 @@ def small(
     base_channels: int = 16,
     encoder_channels: int = 32,
     depths: tuple[int, ...] = (1, 1, 1, 1),
-    z_chunk: int = 16,
-    mlp: int = 192,
+    z_chunk: int = 4,
+    mlp: int = 320,
     head: int = 256,
 ) -> BigBiGANConfig:
     """A model for 32 pixels: basic ResNet-v2 units without early downsampling, MLPs of four layers."""

@@ -83,7 +83,8 @@ def test_hostile_checkpoints_do_nothing(tmp_path: Path) -> None:
     answers = json.loads(done.stdout)
     assert len(answers) >= 30
     for name, answer in answers.items():
-        assert answer.startswith(("it ", "its ", "the ")) and "\n" not in answer and "False" not in answer, (name, answer)
+        assert not answer.startswith(("READ", "RAISED", "DID")), (name, answer)
+        assert "\n" not in answer and "False" not in answer, (name, answer)
     assert "posix.system, which is code" in answers["os_system"] and "compressed" in answers["zip_bomb"]
     assert "checksum of its part" in answers["flipped_number"]  # of which torch.load tells nothing
     assert not [path for path in tmp_path.iterdir() if path.name.endswith("_marker")]

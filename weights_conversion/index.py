@@ -22,7 +22,7 @@ FOOTER, MAX_BYTES = 48, 64 << 20
 
 
 def check_index(prefix: Path) -> None:
-    """Refuses an index whose entries are not numbers that lie within the data files.
+    """Refuses an index whose entries are not numbers that lie within the data files, or strings, which are not read.
 
     Raises:
         ConversionError: naming the file and the entry.
@@ -118,6 +118,8 @@ def _shards(prefix: Path, data: bytes) -> list[int]:
 
 def _check_entry(data: bytes, shards: list[int]) -> None:
     entry = _parsed("BundleEntryProto", data)
+    if entry.dtype == tensorflow().string.as_datatype_enum and not entry.slices:
+        return  # notes that some savers keep beside the variables
     dtype, shape = tensorflow().dtypes.as_dtype(entry.dtype), [d.size for d in entry.shape.dim]
     if dtype.name not in NUMBERS or entry.slices or entry.shape.unknown_rank:
         raise ValueError(f"{dtype.name}{shape}{' in slices' if entry.slices else ''} is no plain array of numbers")

@@ -104,6 +104,8 @@ class Frame:
     def resolve(self, reference: str) -> Output:
         """Node and output of "node:1", or of "node:output:1" inside a function."""
         name, *rest = reference.split(":")
+        if rest and not rest[-1].isdecimal():
+            raise ConversionError(f"the graph refers to {reference[:200]!r}, which names no output of a node")
         port = int(rest[-1]) if rest else 0
         if len(rest) == 2 and (node := self.nodes.get(name)) is not None:
             function = self.functions.get(node.op)

@@ -179,7 +179,8 @@ class Variables:
 
     @cached_property
     def keys(self) -> set[str]:
-        return set(self._reader.get_variable_to_shape_map())
+        strings = tensorflow().string
+        return {name for name, dtype in self._reader.get_variable_to_dtype_map().items() if dtype != strings}
 
     def read(self, node: Any) -> np.ndarray:
         """Value of the variable that a node makes.

@@ -20,7 +20,6 @@ from weights_conversion.module import Module
 logger = logging.getLogger(__name__)
 
 WARNING, REFUSAL = 2e-5, 1e-4
-ROUNDING, LIMIT = 4, 1e-2  # above REFUSAL: so many times the port's own rounding is sound, up to a limit
 BATCH = 3  # not the batch that the trace was made with
 
 
@@ -40,7 +39,7 @@ class Difference:
 
     @property
     def sound(self) -> bool:
-        return self.relative <= max(REFUSAL, min(ROUNDING * self.rounding, LIMIT))
+        return self.relative <= REFUSAL
 
 
 def verify(
@@ -49,8 +48,7 @@ def verify(
     """Differences of all outputs on random inputs, and on `images` [N, C, S, S] in [-1, 1] where given.
 
     Raises:
-        ConversionError: one is above 1e-4 of the largest value, and more than rounding explains; or an output has
-            another shape.
+        ConversionError: one is above 1e-4 of the largest value, or an output has another shape.
     """
     found: list[Difference] = []
     for signature in sorted(module.signatures.keys() & {*SIGNATURES, "default"}):
@@ -62,12 +60,16 @@ def verify(
             given = {name: value[:1].repeat(len(resized), axis=0) for name, value in given.items()}
             given["x"] = np.ascontiguousarray(resized.permute(0, 2, 3, 1).numpy())
             found += _compare(module, model, default_output, signature, given, "images")
-    if not all(d.sound for d in found):
-        raise ConversionError(f"the port does not give the module's outputs; nothing is written.\n{table(found)}")
+    if bad := [d for d in found if not d.sound]:
+        # A module whose activations grow may differ by rounding alone: whoever reports it can say so.
+        rounding = ", ".join(f"{d.signature} {d.output} {d.rounding:.1e}" for d in bad)
+        raise ConversionError(
+            f"the port does not give the module's outputs; nothing is written.\n{table(found)}\n"
+            f"The port's own rounding (float32 against float64): {rounding}"
+        )
     for difference in found:
         if difference.relative > WARNING:
-            text = f"{difference.signature} {difference.output} differs by {difference.relative:.1e}"
-            logger.warning(text + (f", by rounding: {difference.rounding:.1e}" if difference.rounding else ""))
+            logger.warning("%s %s differs by %.1e", difference.signature, difference.output, difference.relative)
     return found
 
 
@@ -81,6 +83,8 @@ def table(differences: list[Difference]) -> str:
 def _compare(
     module: Module, model: BigBiGAN, default: str, signature: str, given: Mapping[str, np.ndarray], inputs: str
 ) -> list[Difference]:
+    if not given:
+        raise ConversionError(f"signature {signature!r} takes no inputs, so there is nothing to compare")
     noise = random_inputs((len(next(iter(given.values()))), model.config.z_dim), 11)
 
     def draw(shape: tuple[int, ...]) -> np.ndarray:
