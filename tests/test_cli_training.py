@@ -53,7 +53,7 @@ def test_train_settings(capsys: pytest.CaptureFixture[str]) -> None:
     expected["augmentation"]["flip"] = True
     expected["name"] = "mine"
     assert found == expected
-    assert "discriminator 609,859" in captured.err
+    assert "discriminator 1,137,731" in captured.err
     for setting, message in (
         ("model.encoder.base_chanels=3", "close: model.encoder.base_channels"),
         ("lr=3", "no field 'lr'"),
@@ -79,7 +79,7 @@ def test_train_then_export(tmp_path: Path, data: Path, capsys: pytest.CaptureFix
     assert snapshots[-1] == "images-0000000032"
     changed = [*command, "--set", "lr_g=1"]
     assert main(changed) == 2
-    assert "lr_g was 0.0002, now 1.0" in capsys.readouterr().err
+    assert "lr_g was 0.0001, now 1.0" in capsys.readouterr().err
 
     assert (
         main(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +21,8 @@ from weights_conversion import convert as conversion
 from weights_conversion import download
 from weights_conversion.errors import ConversionError
 
-pytest.importorskip("tensorflow")
+tf = pytest.importorskip("tensorflow")
+v1 = tf.compat.v1
 TOLERANCE = 2e-5  # of the largest value of an output
 # Activations grow without spectral norm; the port in float32 and in float64 differ by as much (4e-5).
 LOOSE = {"no_spectral_norm": 1e-4, "no_spectral_norm_no_ema": 1e-4}
@@ -133,8 +135,6 @@ def test_modules_outside_the_family_are_refused_or_right(name: str, tfhub: Simpl
 
 def test_batch_norms_keep_their_statistics(good: Path, tmp_path: Path) -> None:
     """Not only the product of mean, variance, gain and offset: training can go on from the model."""
-    import tensorflow as tf
-
     model = bigbigan.load(conversion.convert(good, tmp_path / "out"))
     reader = tf.train.load_checkpoint(str(good / "variables" / "variables"))
 
@@ -158,6 +158,155 @@ def test_batch_norms_keep_their_statistics(good: Path, tmp_path: Path) -> None:
             torch.testing.assert_close(equal[0].running_mean, mean, rtol=1e-4, atol=1e-5)
         found += 1
     assert found == len(norms) > 10
+
+
+def nested_functions(x: Any) -> Any:
+    """A function called by its name in another, of which the second output is used, by its name."""
+    from tensorflow.python.framework.function import Defun
+
+    @Defun(tf.float32, func_name="inner")
+    def inner(y: Any) -> Any:
+        return y + 1.0, y * 3.0
+
+    @Defun(tf.float32, func_name="outer")
+    def outer(y: Any) -> Any:
+        return inner(y)[1]
+
+    return outer(x)
+
+
+def custom_gradient(x: Any) -> Any:
+    return tf.custom_gradient(lambda y: (y * 2.0, lambda dy: dy))(x)
+
+
+def branch_of_constants(x: Any) -> Any:
+    scale, _ = v1.cond(v1.equal(1, 2), lambda: (tf.constant(2.0), x), lambda: (tf.constant(5.0), x + 1))
+    return x * scale
+
+
+def nested_branches(x: Any) -> Any:
+    false = v1.placeholder_with_default(False, [])
+    return v1.cond(false, lambda: v1.cond(false, lambda: x * 2.0, lambda: x * 3.0), lambda: x * 4.0)
+
+
+def discarded(x: Any) -> Any:
+    """Values behind a constant condition that a converter could not evaluate."""
+    return v1.cond(v1.placeholder_with_default(False, []), lambda: tf.cumsum(x), lambda: x - 1.0)
+
+
+def discarded_before(x: Any) -> Any:
+    sums = tf.cumsum(x)
+    return v1.cond(v1.placeholder_with_default(False, []), lambda: sums, lambda: x - 1.0)
+
+
+def initialized(x: Any) -> Any:
+    v = v1.Variable([3.0], use_resource=True, name="v")
+    return x * v1.cond(v1.is_variable_initialized(v), v.read_value, lambda: tf.cumsum([1.0]))
+
+
+def reference_branch(x: Any) -> Any:
+    v = v1.Variable([3.0], use_resource=False, name="v")
+    return x * v1.cond(v1.placeholder_with_default(True, []), lambda: v + 0.0, lambda: tf.cumsum(v))
+
+
+def read_after_assignment(x: Any) -> Any:
+    v = v1.Variable([3.0], use_resource=True, name="v")
+    with tf.control_dependencies([tf.group(v.assign([7.0]))]):
+        return x * v.read_value()
+
+
+def read_after_branches(x: Any) -> Any:
+    """Assignments in one branch that is taken and in one that is not."""
+    v, w = (v1.Variable([3.0], use_resource=True, name=name) for name in "vw")
+    true = v1.placeholder_with_default(True, [])
+    for variable, taken in ((v, lambda: v.assign([7.0])), (w, lambda: w.assign([9.0]))):
+        condition = true if variable is v else v1.logical_not(true)
+        branch = v1.cond(condition, lambda taken=taken: v1.group(taken()), v1.no_op)
+        with tf.control_dependencies([branch]):
+            x = x * variable.read_value()
+    return x
+
+
+def value_of_assignment(x: Any) -> Any:
+    return x * v1.assign(v1.Variable([3.0], use_resource=False, name="v"), [7.0])
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        nested_functions, custom_gradient, branch_of_constants, nested_branches, discarded, discarded_before,
+        initialized, reference_branch, read_after_assignment, read_after_branches,
+        value_of_assignment,
+    ],
+    ids=lambda build: build.__name__,
+)  # fmt: skip
+def test_graphs_evaluate_as_in_a_session(build: Callable[[Any], Any]) -> None:
+    from weights_conversion.interpret import Interpreter
+
+    given = np.linspace(-1, 1, 4, dtype=np.float32)
+    v2 = v1.control_flow_v2_enabled()
+    v1.disable_control_flow_v2()
+    with tf.Graph().as_default() as graph, v1.Session(graph=graph) as session:
+        try:
+            x = v1.placeholder(tf.float32, [4], "x")
+            y = build(x)
+        finally:
+            v1.enable_control_flow_v2() if v2 else None
+        session.run(v1.global_variables_initializer())
+        expected = session.run(y, {x: given})
+        definition = v1.train.export_meta_graph(strip_default_attrs=True).graph_def
+    module = SimpleNamespace(
+        nodes={node.name: node for node in definition.node},
+        functions={f.signature.name: f for f in definition.library.function},
+        signatures={"s": SimpleNamespace(inputs={"x": "x:0"}, outputs={"y": y.name})},
+        variables=SimpleNamespace(read=lambda node: np.array([3.0], np.float32)),
+    )
+    got = Interpreter(module, noise=np.zeros).run("s", {"x": given})["y"]
+    np.testing.assert_array_equal(np.asarray(got.tensor), expected)
+    assert got.record is not None
+
+
+def test_read_of_a_changed_variable_is_refused() -> None:
+    def build(x: Any) -> Any:
+        v = v1.Variable([3.0], use_resource=True, name="v")
+        with tf.control_dependencies([v.assign_add([7.0])]):
+            return x * v.read_value()
+
+    with pytest.raises(ConversionError, match=r"AssignAddVariableOp.*changes a variable before"):
+        test_graphs_evaluate_as_in_a_session(build)
+
+
+def test_refusal_tells_rounding_from_error(good: Path) -> None:
+    from weights_conversion import verify
+    from weights_conversion.module import Module
+
+    module = Module(good)
+    model = conversion.match(module).model
+    with torch.no_grad():
+        model.encoder.latent.bias[0] += 1e-2
+    with pytest.raises(ConversionError, match=r"(?s)encode +z_mean.*rounding.*encode z_mean \d.*e-0[678]"):
+        verify.verify(module, model)
+
+
+def test_other_signatures_are_told_and_left_out(good: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def change(saved: Any) -> None:
+        signatures = saved.meta_graphs[0].signature_def
+        signatures["invert"].CopyFrom(signatures["generate"])
+        signatures["__saved_model_init_op"].outputs["init"].name = "init"
+
+    from tfhub_builder.registry import edit
+
+    bigbigan.load(conversion.convert(edit(good, tmp_path / "module", change), tmp_path / "out"))
+    assert "signature 'invert' is no BigBiGAN's" in caplog.text and "init" not in caplog.text
+
+
+def test_variables_of_another_shape_are_named(good: Path, tmp_path: Path) -> None:
+    from tfhub_builder.registry import edit_variables
+
+    name = "GenEncWrapper/Generator/linear/w/ema_0.9999"
+    folder = edit_variables(good, tmp_path / "module", lambda values: values.update({name: values[name][:, :-1]}))
+    with pytest.raises(ConversionError, match=rf"variable '{name}' is float32\[1, 5\].*\(1, 6\)"):
+        conversion.convert(folder, tmp_path / "out")
 
 
 def hostile_parameters() -> list[str]:
@@ -224,6 +373,18 @@ def test_named_model_is_found_by_load(good: Path, tmp_path: Path, monkeypatch: p
     model = bigbigan.load("bigbigan-resnet50")
     assert model.info.name == "bigbigan-resnet50" and "resnet50/1" in model.info.source
     assert any("encoder.resolution: 64 (preset: 256)" in line for line in lines)
+
+
+def test_archive_fetched_by_hand_takes_a_name(
+    good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("BIGBIGAN_HOME", str(tmp_path / "home"))
+    with tarfile.open(tmp_path / "module.tar.gz", "w:gz") as tar:
+        tar.add(good, arcname=".")
+    assert main(["convert", str(tmp_path / "module.tar.gz")]) == 2
+    assert "say which model it is with --name" in capsys.readouterr().err
+    assert main(["convert", str(tmp_path / "module.tar.gz"), "--name", "bigbigan_RevNet50x4"]) == 0
+    assert bigbigan.load("bigbigan-revnet50x4").info.name == "bigbigan-revnet50x4"
 
 
 def test_unreachable_module_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -178,6 +178,15 @@ def decimal(value: float) -> float:
     return float(str(np.float32(value)))
 
 
+def same_pads(sides: tuple[int, ...], kernel: tuple[int, ...], stride: int) -> tuple[int, ...]:
+    """Zeros (top, bottom, left, right) of TensorFlow's SAME."""
+    pads: list[int] = []
+    for side, size in zip(sides, kernel, strict=True):
+        total = max((-(-side // stride) - 1) * stride + size - side, 0)
+        pads += [total // 2, total - total // 2]
+    return tuple(pads)
+
+
 def squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Without axes of one; a trace has more than one image."""
     return tuple(n for n in shape if n != 1)

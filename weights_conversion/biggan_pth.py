@@ -14,6 +14,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -32,7 +33,13 @@ EPS = 1e-4  # of spectral norm and batch norm alike
 MIN_TORCH = (2, 10)  # earlier versions can be made to run code by a file even with weights_only
 MAX_BYTES = 4 << 30
 TIMEOUT = 600
+MEMORY = 2 << 30  # of the reading process, beyond four times the file
 CLASSES = 1000
+OTHER_FILES = {
+    rb"version https://git-lfs": "a git-lfs pointer; fetch the file itself with `git lfs pull`",
+    rb"\s*<": "a web page; download the file itself",
+    rb".{5}\0\0\0\{": "a safetensors file under another name",
+}
 
 
 def convert_checkpoint(path: Path, output: Path, *, name: str | None = None) -> Path:
@@ -70,18 +77,24 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
     """
     if path.stat().st_size > MAX_BYTES:
         raise ConversionError(f"{path} has more than {MAX_BYTES} bytes; the generator has about 300 million")
+    with path.open("rb") as file:
+        head = file.read(32)
+    for start, what in OTHER_FILES.items():
+        if re.match(start, head, re.DOTALL):
+            raise ConversionError(f"{path} cannot be read: it is {what}")
     with tempfile.TemporaryDirectory(prefix="bigbigan-") as folder:
         target = Path(folder) / "tensors.safetensors"
         command = [sys.executable, "-m", "weights_conversion.biggan_pth", str(path.resolve()), str(target)]
         try:
             child = subprocess.run(
-                command, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=TIMEOUT, check=False
+                command, cwd=Path(__file__).parents[1], capture_output=True, timeout=TIMEOUT, check=False
             )
         except subprocess.TimeoutExpired as error:
             raise ConversionError(f"{path} took more than {TIMEOUT} seconds to read") from error
         if child.returncode:
-            lines = [line for line in child.stderr.splitlines() if line.strip()]
-            raise ConversionError(f"{path} cannot be read: {' '.join(lines[-3:])[:600]}")
+            last = child.stderr.decode("utf-8", "replace").strip().rpartition("\n")[2]
+            reason = last if child.returncode > 0 else f"the process that read it died of signal {-child.returncode}"
+            raise ConversionError(f"{path} cannot be read: {reason}")
         try:
             return load_file(target)
         except (SafetensorError, OSError) as error:
@@ -89,14 +102,54 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
 
 
 def _child(source: str, target: str) -> None:
-    """Runs in the child process."""
+    """Runs in the child process; SystemExit carries one line for the parent."""
     version = tuple(int(n) for n in re.findall(r"\d+", torch.__version__)[:2])
     if version < MIN_TORCH:
         raise SystemExit(f"reading .pth files needs torch {'.'.join(map(str, MIN_TORCH))} or newer, not {version}")
+    try:
+        tensors = _unpickled(source)
+        save_file({key: value.detach().float().contiguous().clone() for key, value in tensors.items()}, target)
+    except ConversionError as error:
+        raise SystemExit(str(error)) from error
+    except Exception as error:  # a damaged file makes torch raise any of more than ten classes
+        raise SystemExit(_reason(error)) from error
+
+
+def _reason(error: Exception) -> str:
+    """One line, without torch's advice to switch its protection off."""
+    text = str(error)
+    if named := re.search(r"(?i)unsupported global:? (?:GLOBAL )?([\w.]+)", text):
+        return f"it calls for {named[1]}, which is code and no tensor"
+    told = re.search(
+        r"(?:WeightsUnpickler error:\s*)?(.*?)(?:\. |\.?\n|$)", text[max(text.find("WeightsUnpickler"), 0) :]
+    )
+    return f"it is damaged or no checkpoint ({type(error).__name__}: {told[1] if told else ''})"[:300]
+
+
+def _unpickled(source: str) -> dict[str, Tensor]:
+    size = Path(source).stat().st_size
+    if sys.platform == "linux":
+        import resource
+
+        limit = 4 * size + MEMORY
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, resource.getrlimit(resource.RLIMIT_DATA)[1]))
+    with open(source, "rb") as file:
+        zipped = file.read(4) == b"PK\x03\x04"
+    if zipped:
+        with zipfile.ZipFile(source) as archive:
+            parts = archive.infolist()
+            if any(p.compress_type != zipfile.ZIP_STORED for p in parts) or sum(p.file_size for p in parts) > size:
+                raise ConversionError("its parts are compressed or overlap, which torch.save never does")
+            if damaged := archive.testzip():  # torch does not look
+                raise ConversionError(f"the checksum of its part {damaged!r} is wrong; download it anew")
     loaded = torch.load(source, map_location="cpu", weights_only=True)
     if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
-        raise SystemExit("it holds no plain state dict: a dictionary of tensors")
-    save_file({str(key): value.detach().float().contiguous().clone() for key, value in loaded.items()}, target)
+        raise ConversionError("it holds no plain state dict: a dictionary of tensors")
+    if not all(isinstance(key, str) and not value.is_complex() for key, value in loaded.items()):
+        raise ConversionError("it holds complex numbers, or tensors without a name")
+    if 4 * sum(value.numel() for value in loaded.values()) > 2 * size + (64 << 20):
+        raise ConversionError("it describes more numbers than it holds")
+    return loaded
 
 
 def match_checkpoint(tensors: dict[str, Tensor]) -> tuple[GeneratorConfig, dict[str, Tensor]]:
@@ -105,7 +158,14 @@ def match_checkpoint(tensors: dict[str, Tensor]) -> tuple[GeneratorConfig, dict[
     Raises:
         ConversionError: a tensor is missing, left over, or of an unexpected shape.
     """
-    return _Checkpoint(tensors).match()
+    checkpoint = _Checkpoint(tensors)
+    try:
+        return checkpoint.match()
+    except ConversionError:
+        raise
+    except (RuntimeError, IndexError, ValueError) as error:  # of torch, on shapes that do not go together
+        key = checkpoint.last
+        raise ConversionError(f"{key} is {list(tensors[key].shape)}, which does not fit: {error}"[:300]) from error
 
 
 @dataclass
@@ -113,6 +173,7 @@ class _Checkpoint:
     tensors: dict[str, Tensor]
     state: dict[str, Tensor] = field(default_factory=dict)
     used: set[str] = field(default_factory=set)
+    last: str = "shared.weight"
 
     def match(self) -> tuple[GeneratorConfig, dict[str, Tensor]]:
         shared = self._class_vector()
@@ -166,7 +227,7 @@ class _Checkpoint:
         if key not in self.tensors:
             raise ConversionError(f"the checkpoint lacks {key}; it has {', '.join(sorted(self.tensors)[:5])}, …")
         self.used.add(key)
-        value = self.tensors[key]
+        self.last, value = key, self.tensors[key]
         if not torch.isfinite(value).all():
             raise ConversionError(f"{key} holds values that are not finite")
         return value.double()

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import gzip
+import http.client
 import logging
 import re
 import tarfile
 import tempfile
-import urllib.error
 import urllib.request
 import zlib
 from collections.abc import Iterator
@@ -26,6 +26,7 @@ KAGGLE = {
 }
 MEMBERS = re.compile(r"saved_model\.pb|tfhub_module\.pb|variables/variables\.(index|data-\d{5}-of-\d{5})")
 MAX_MEMBER_BYTES, MAX_TOTAL_BYTES, MAX_MEMBERS = 8 << 30, 16 << 30, 10_000
+GZIP = b"\x1f\x8b"
 TIMEOUT = 60  # seconds without an answer
 
 
@@ -106,17 +107,41 @@ def _from_kaggle(name: str) -> Path:
         raise OSError(_short(error)) from error
 
 
+class _Encrypted(urllib.request.HTTPRedirectHandler):
+    """Follows no redirect out of https."""
+
+    def redirect_request(  # type: ignore[no-untyped-def]
+        self, request, answer, code, message, headers, target
+    ) -> urllib.request.Request | None:
+        if not target.startswith("https://"):
+            raise ConversionError(f"{request.full_url} leads to {target}, which is not encrypted")
+        return super().redirect_request(request, answer, code, message, headers, target)
+
+
 def _fetch(url: str, path: Path) -> None:
+    """Downloads a .tar.gz.
+
+    Raises:
+        ConversionError: what comes is something else, or too large, or over an open connection.
+        OSError: the server cannot be reached, refuses, or stops before the end.
+    """
     logger.info("downloading %s", url)
     size = 0
-    with urllib.request.urlopen(url, timeout=TIMEOUT) as response, path.open("wb") as file:
-        if not response.url.startswith("https://"):
-            raise ConversionError(f"{url} leads to {response.url}, which is not encrypted")
-        while chunk := response.read(1 << 20):
-            size += len(chunk)
-            if size > MAX_TOTAL_BYTES:
-                raise ConversionError(f"{url} gives more than {MAX_TOTAL_BYTES} bytes")
-            file.write(chunk)
+    try:
+        with urllib.request.build_opener(_Encrypted).open(url, timeout=TIMEOUT) as response, path.open("wb") as file:
+            expected = response.length  # None if the server does not say
+            while chunk := response.read(1 << 20):
+                if not size and not chunk.startswith(GZIP):
+                    kind = response.headers.get_content_type()
+                    raise ConversionError(f"{url} gives no .tar.gz but {kind}, beginning with {chunk[:20]!r}")
+                size += len(chunk)
+                if max(size, expected or 0) > MAX_TOTAL_BYTES:
+                    raise ConversionError(f"{url} gives more than {MAX_TOTAL_BYTES} bytes")
+                file.write(chunk)
+    except http.client.HTTPException as error:
+        raise OSError(f"{url} broke off after {size} bytes ({type(error).__name__}); try again") from error
+    if size != (expected or size) or not size:  # `read` in pieces does not tell
+        raise OSError(f"{url} broke off after {size} of {expected} bytes; try again")
 
 
 def unpack(archive: Path, folder: Path) -> None:

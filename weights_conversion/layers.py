@@ -10,6 +10,8 @@ import numpy as np
 from weights_conversion.algebra import Layer, Poly, equal, make, of_layer, order, slice_coefficient, squeezed
 from weights_conversion.errors import ConversionError
 
+MAX_REQUESTS = 20_000  # a full-size network takes a few hundred
+
 
 class LayerTable:
     """Makes layers; the same kind, inputs and attributes give the same layer."""
@@ -17,8 +19,12 @@ class LayerTable:
     def __init__(self) -> None:
         self._table: dict[tuple[Any, ...], Layer] = {}
         self.layers: list[Layer] = []
+        self._requests = 0
 
     def layer(self, kind: str, inputs: tuple[Poly, ...], shape: tuple[int, ...], name: str, **attributes: Any) -> Poly:
+        self._requests += 1
+        if self._requests > MAX_REQUESTS:  # sums of sums of one tensor, cut in slices, could go on for ever
+            raise ConversionError(f"more than {MAX_REQUESTS} layers; no BigBiGAN has as many")
         facts = tuple((k, v) for k, v in sorted(attributes.items()) if not isinstance(v, np.ndarray))
         key = (kind, tuple(p.key() for p in inputs), shape, facts)
         if key not in self._table:
@@ -56,6 +62,8 @@ class LayerTable:
         if layer.kind == "Add":
             parts = tuple(self.slice(part, low, high, name) for part in layer.inputs)
             return self.layer("Add", parts, shape, layer.name)
+        if layer.kind == "Tanh":  # an image of which only the first channels are kept
+            return self.layer("Tanh", (self.slice(layer.input, low, high, name),), shape, layer.name)
         if layer.kind == "Concat":
             cut: list[Poly] = []
             start = 0
@@ -97,7 +105,7 @@ class LayerTable:
 
     def conv(
         self, poly: Poly, kernel: np.ndarray, key: tuple[Any, ...], name: str,
-        *, shape: tuple[int, ...], stride: int, pads: tuple[int, int, int, int],
+        *, shape: tuple[int, ...], stride: int, pads: tuple[int, ...],
     ) -> Poly:  # fmt: skip
         """Convolution with HWIO kernel after zero padding (top, bottom, left, right)."""
         layer = poly.only
@@ -108,6 +116,51 @@ class LayerTable:
             inner = self.conv(layer.input, kernel, key, name, shape=small, stride=1, pads=pads)
             return self.upsample(inner, shape, layer.name)
         return self.layer("Conv", (poly,), shape, name, kernel=kernel, stride=stride, pads=pads, key=key)
+
+    def narrow(self, poly: Poly) -> Poly:
+        """A convolution whose first channels alone are kept, as networks padded for TPUs have it."""
+        cut = poly.single
+        layer = cut.input.only if cut is not None and cut.kind == "Slice" else None
+        if cut is None or layer is None or layer.kind != "Conv":
+            return poly
+        facts = {**layer.attributes, "kernel": layer.kernel[..., cut.low : cut.high]}
+        facts["key"] = (*layer.key, "channels", cut.low, cut.high)
+        narrowed = self.layer("Conv", layer.inputs, cut.shape, layer.name, **facts)
+        return narrowed.scale(poly.terms[(cut,)]).shift(poly.const)
+
+    # ---- sums
+
+    def add(self, a: Poly, b: Poly, name: str) -> Poly:
+        """Sum of two tensors of one shape; of four strided slices that are one, four times its average pool."""
+        total = self.layer("Add", (a, b), a.shape, name)
+        slices: list[Layer] = []
+        parts: list[Layer | None] = [total.only]
+        while parts and len(slices) + len(parts) <= 4:
+            part = parts.pop()
+            if part is None or part.kind not in ("Add", "Move"):
+                return total
+            if part.kind == "Move":
+                slices.append(part)
+            else:
+                parts += [operand.only for operand in part.inputs]
+        if parts or len(slices) != 4 or len({part.input.key() for part in slices}) > 1:
+            return total
+        mean = self.mean_of(slices[0].input, np.stack([part.index for part in slices], axis=-1), name)
+        return total if mean is None else mean.scale(4)
+
+    def mean_of(self, poly: Poly, groups: np.ndarray, name: str) -> Poly | None:
+        """Mean over groups of places [..., k]: of all positions, or of blocks of two by two; None for other groups."""
+        if len(poly.shape) != 4:
+            return None
+        n, h, w, c = poly.shape
+        shape, found = groups.shape[:-1], np.sort(groups.reshape(-1, groups.shape[-1]))
+        places = np.arange(n * h * w * c).reshape(poly.shape)
+        if len(shape) == 2 and np.array_equal(found, np.moveaxis(places, 3, 1).reshape(-1, h * w)):
+            return self.layer("Mean", (poly,), (n, c), name)
+        if shape != (n, h // 2, w // 2, c) or h % 2 or w % 2:
+            return None
+        blocks = places.reshape(n, h // 2, 2, w // 2, 2, c).transpose(0, 1, 3, 5, 2, 4)
+        return self.average_pool(poly, shape, name) if np.array_equal(found, blocks.reshape(-1, 4)) else None
 
     # ---- space
 
@@ -139,8 +192,9 @@ class LayerTable:
     def relu(self, poly: Poly, name: str) -> Poly:
         if not poly.monomials:
             return make({(): np.maximum(poly.const, 0)}, poly.shape)
-        small = [x for x in poly.layers if x.kind == "Upsample" and x.shape == poly.shape]
-        if len(small) == 1 and (inner := small[0].input.only) is not None:  # ReLU first, at a quarter of the cost
+        small = [x for x in poly.layers if x.shape[1:-1] not in ((), (1, 1))]  # beside gains and offsets
+        inner = small[0].input.only if len(small) == 1 and small[0].kind == "Upsample" else None
+        if inner is not None:  # ReLU first, at a quarter of the cost
             terms = {order(tuple(inner if x is small[0] else x for x in m)): c for m, c in poly.terms.items()}
             return self.upsample(self.relu(Poly(terms, inner.shape, poly.hint), name), poly.shape, name)
         return self.layer("Relu", (poly,), poly.shape, name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +22,8 @@ from weights_conversion.match_generator import match_generator
 from weights_conversion.module import Module
 from weights_conversion.patterns import State
 from weights_conversion.trace import Tracer
+
+logger = logging.getLogger(__name__)
 
 BATCH = 2
 MATCHES: dict[str, Callable[[dict[str, Poly], LayerTable, State], Any]] = {
@@ -49,17 +52,20 @@ def trace(module: Module, signature: str) -> tuple[Tracer, dict[str, Value], Int
     """Layers of a signature and its outputs' values, from one run on random inputs."""
     interpreter = Interpreter(module, lambda shape: random_inputs(shape, 1))
     values = interpreter.run(signature, feeds(module, signature, BATCH))
-    return Tracer(interpreter.records), values, interpreter
+    return Tracer(interpreter.records, values.values()), values, interpreter
 
 
 def feeds(module: Module, signature: str, batch: int, seed: int = 0) -> dict[str, np.ndarray]:
-    """Random inputs: latents from N(0, 1), images uniform in [-1, 1]."""
+    """Random inputs: latents from N(0, 1), images in [-1, 1] with coarse structure and noise."""
     result = {}
     for name, shape in module.signatures[signature].shapes.items():
         if any(n is None or not 0 < n <= 4096 for n in shape[1:]) or len(shape) not in (2, 4):
             raise ConversionError(f"signature {signature!r}: input {name!r} has shape {shape}")
-        values = random_inputs((batch, *(n or 0 for n in shape[1:])), seed)
-        result[name] = np.tanh(values) if len(shape) == 4 else values
+        result[name] = random_inputs((batch, *(n or 0 for n in shape[1:])), seed)
+        if len(shape) == 4:  # noise alone gives all images nearly the same features
+            rows, columns = (np.arange(n or 0) // 16 for n in shape[1:3])
+            coarse = random_inputs((batch, len(rows), len(columns), shape[3] or 0), seed + 1)[:, rows][:, :, columns]
+            result[name] = np.tanh(coarse + 0.3 * result[name])
     return result
 
 
@@ -68,7 +74,7 @@ def random_inputs(shape: tuple[int, ...], seed: int) -> np.ndarray:
 
 
 def check_signatures(module: Module) -> None:
-    """Raises ConversionError unless the module has BigBiGAN's signatures, inputs and outputs."""
+    """Raises ConversionError unless the module has BigBiGAN's signatures, inputs and outputs; tells of others."""
     for name, (inputs, outputs) in SIGNATURES.items():
         if name not in module.signatures:
             raise ConversionError(
@@ -80,10 +86,12 @@ def check_signatures(module: Module) -> None:
                 raise ConversionError(f"signature {name!r} has {kind} {sorted(names)}; BigBiGAN's are {sorted(wanted)}")
         if set(found.shapes) != inputs:
             raise ConversionError(f"signature {name!r}: the shapes of its inputs are unknown")
+    for other in sorted(set(module.signatures) - {*SIGNATURES, "default"}):
+        logger.warning("signature %r is no BigBiGAN's: the model will lack it", other)
 
 
 def match(module: Module) -> Match:
-    """The whole model with the module's weights.
+    """The whole model with the module's weights; not yet proved (`verify`).
 
     Raises:
         ConversionError: something in the graph that the port does not express; it names the node and its neighbours.

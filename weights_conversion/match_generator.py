@@ -16,7 +16,7 @@ Chunk = tuple[int, int]
 def match_generator(outputs: dict[str, Poly], table: LayerTable, state: State) -> GeneratorConfig:
     """Configuration; writes the state dict of `bigbigan.generator.Generator`."""
     image = expect("image", outputs["default"], "Tanh")
-    conv = state.conv("conv", "last convolution", image.input, 3, bias=True)
+    conv = state.conv("conv", "last convolution", table.narrow(image.input), 3, bias=True)
     relu = expect("last ReLU", conv.input, "Relu")
     x: Poly = of_layer(state.norm("norm", "last batch norm", relu.input))
     names: list[str] = []
@@ -104,7 +104,7 @@ def _conditional(state: State, name: str, where: str, poly: Poly) -> tuple[Layer
 
     With gain g and offset o: A = r (1 + g) and B = o - mean * A, where r = 1 / sqrt(var + eps).
     """
-    poly = Poly(_open_vectors(poly).terms, poly.shape, poly.hint)
+    poly = expand(poly, keep=poly.shape)
     data = [layer for layer in poly.layers if len(layer.shape) == 4 and layer.shape == poly.shape]
     gains = [m for m in poly.monomials if len(m) == 2]
     if len(data) != 1 or len(gains) != 1 or data[0] not in gains[0]:
@@ -134,15 +134,6 @@ def _conditional(state: State, name: str, where: str, poly: Poly) -> tuple[Layer
     if hint.eps is None:
         state.norms[f"{name}.norm"].hint = Hint(None, None, mean)
     return x, chunk
-
-
-def _open_vectors(poly: Poly) -> Poly:
-    """Sums of gains or offsets opened; sums of data stay."""
-    if any(layer.kind == "Add" and layer.shape != poly.shape for layer in poly.layers):
-        keep = [layer for layer in poly.layers if layer.kind == "Add" and layer.shape == poly.shape]
-        if not keep:
-            return expand(poly)
-    return poly
 
 
 def _chunk(where: str, layer: Layer) -> Chunk:

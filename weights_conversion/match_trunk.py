@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from weights_conversion.algebra import Layer, Poly, of_layer
+from weights_conversion.algebra import Layer, Poly, of_layer, same_pads
 from weights_conversion.errors import ConversionError
 from weights_conversion.layers import LayerTable
 from weights_conversion.patterns import State, expect, mismatch, parts_of
@@ -39,19 +39,11 @@ class _Choice:
         return next(value for value in self.values if value in self.left)
 
 
-def _same_pads(sides: tuple[int, ...], kernel: int, stride: int) -> tuple[int, ...]:
-    pads: list[int] = []
-    for side in sides:
-        total = max((-(-side // stride) - 1) * stride + kernel - side, 0)
-        pads += [total // 2, total - total // 2]
-    return tuple(pads)
-
-
 def _paddings(layer: Layer, kernel: int) -> set[str]:
     possible = set()
     if layer.pads == ((kernel - 1) // 2,) * 4:
         possible.add("explicit")
-    if layer.pads == _same_pads(layer.input.shape[1:3], kernel, layer.stride):
+    if layer.pads == same_pads(layer.input.shape[1:3], (kernel, kernel), layer.stride):
         possible.add("same")
     return possible
 
@@ -67,7 +59,7 @@ def _stem(state: State, x: Poly) -> Facts:
             pool.add(layer.value)
         if layer.value == "same" and pads == (1, 1, 1, 1):
             pool.add("ignore")
-        if layer.value == "same" and pads == _same_pads(layer.input.shape[1:3], 3, 2):
+        if layer.value == "same" and pads == same_pads(layer.input.shape[1:3], (3, 3), 2):
             pool.add("same")
         if (layer.size, layer.stride) != ((3, 3), 2) or not pool:
             raise mismatch("stem", "a padded 3x3 max-pool of stride 2", x)

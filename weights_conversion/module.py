@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from weights_conversion.errors import ConversionError, tensorflow
+from weights_conversion.index import check_index
 
 GRAPH = "saved_model.pb"
 BUNDLE = "variables/variables"
@@ -46,7 +47,11 @@ class Module:
                 raise ConversionError(f"{folder / GRAPH} has two nodes named {node.name!r}")
             self.nodes[node.name] = node
         self.functions = {f.signature.name: f for f in graph.graph_def.library.function}
-        self.signatures = {name: _signature(name, s) for name, s in sorted(graph.signature_def.items())}
+        self.signatures = {
+            name: _signature(name, definition)
+            for name, definition in sorted(graph.signature_def.items())
+            if not name.startswith("__saved_model_")  # operations to run on loading, which nothing here does
+        }
         self.variables = Variables(folder / BUNDLE, _restored_names(self.nodes))
         self.sha256 = {str(path.relative_to(folder)): _digest(path) for path in paths}
 
@@ -54,7 +59,7 @@ class Module:
         if not self.folder.is_dir():
             raise ConversionError(f"{self.folder} is no folder")
         parent = self.folder / "variables"
-        data = sorted(path for path in parent.glob("variables.data-*-of-*")) if parent.is_dir() else []
+        data = sorted(path for path in parent.glob("variables.data-*-of-*")) if not parent.is_symlink() else []
         paths = [self.folder / GRAPH, self.folder / f"{BUNDLE}.index", *data]
         for path in paths:
             if not path.is_file():
@@ -96,10 +101,12 @@ def _signature(name: str, definition: Any) -> Signature:
         for key, info in side.items():
             if info.WhichOneof("encoding") != "name" or info.dtype != tf.float32.as_datatype_enum:
                 raise ConversionError(f"signature {name!r}: {key!r} is no float32 tensor")
+    for key, info in definition.inputs.items():
+        if info.tensor_shape.unknown_rank:
+            raise ConversionError(f"signature {name!r}: input {key!r} has no known shape")
     shapes = {
         key: tuple(None if d.size < 0 else d.size for d in info.tensor_shape.dim)
         for key, info in definition.inputs.items()
-        if not info.tensor_shape.unknown_rank
     }
     inputs, outputs = ({k: side[k].name for k in sorted(side)} for side in (definition.inputs, definition.outputs))
     return Signature(inputs, outputs, shapes)
@@ -119,31 +126,36 @@ def _slow(file: Any) -> str:
 
 def _restored_names(nodes: dict[str, Any]) -> dict[str, str]:
     """Checkpoint keys by variable node, from the graph's own saver: Assign(variable, RestoreV2(…, tensor_names, …))."""
-    tf = tensorflow()
     keys: dict[str, str] = {}
+
+    def source(node: Any, index: int) -> tuple[Any, str]:
+        """The node and output behind an input, past one Identity."""
+        name, _, port = node.input[index].partition(":") if len(node.input) > index else ("", "", "")
+        found = nodes.get(name)
+        past = found is not None and found.op == "Identity" and node.op != "Identity"
+        return source(found, 0) if past else (found, port)
+
     for node in nodes.values():
         if node.op not in ("Assign", "AssignVariableOp") or len(node.input) < 2:
             continue
-        source, _, port = node.input[1].partition(":")
-        while source in nodes and nodes[source].op == "Identity":
-            source, _, port = nodes[source].input[0].partition(":")
-        restore = nodes.get(source)
+        restore, port = source(node, 1)
         if restore is None or restore.op != "RestoreV2":
             continue
-        names = nodes.get(restore.input[1].partition(":")[0])
+        names, _ = source(restore, 1)
         if names is None or names.op != "Const":
             continue
-        values = tf.make_ndarray(names.attr["value"].tensor).reshape(-1)
-        variable, index = node.input[0].partition(":")[0], int(port or 0)
-        if index < len(values):
-            key = values[index].decode("utf-8", "replace")
-            if keys.setdefault(variable, key) != key:
-                raise ConversionError(f"variable {variable!r} is restored from both {keys[variable]!r} and {key!r}")
+        try:
+            key = names.attr["value"].tensor.string_val[int(port or 0)].decode("utf-8", "replace")
+        except (IndexError, ValueError) as error:
+            raise ConversionError(f"node {restore.name!r} (RestoreV2) is malformed: {error}"[:300]) from error
+        variable = node.input[0].partition(":")[0]
+        if keys.setdefault(variable, key) != key:
+            raise ConversionError(f"variable {variable!r} is restored from both {keys[variable]!r} and {key!r}")
     return keys
 
 
 class Variables:
-    """Values of a variables bundle by node name; its checksums are verified as they are read."""
+    """Values of a variables bundle; its checksums are verified as they are read."""
 
     def __init__(self, prefix: Path, restored: dict[str, str]):
         self.prefix, self.restored = prefix, restored
@@ -152,10 +164,12 @@ class Variables:
     @cached_property
     def _reader(self) -> Any:
         tf = tensorflow()
+        check_index(self.prefix)
         try:
-            reader = tf.train.load_checkpoint(str(self.prefix))
+            # Not tf.train.load_checkpoint: for a folder of that name it follows a text file to anywhere.
+            reader = tf.compat.v1.train.NewCheckpointReader(str(self.prefix))
             shapes, dtypes = reader.get_variable_to_shape_map(), reader.get_variable_to_dtype_map()
-        except (tf.errors.OpError, RuntimeError, ValueError, UnicodeDecodeError) as error:
+        except (tf.errors.OpError, RuntimeError, ValueError, IndexError) as error:  # IndexError: out of range
             raise ConversionError(f"{self.prefix}.index cannot be read: {_first_line(error)}") from error
         size = sum(path.stat().st_size for path in self.prefix.parent.glob("variables.data-*"))
         claimed = sum(math.prod(shape) * max(dtypes[name].size, 1) for name, shape in shapes.items())
@@ -163,24 +177,41 @@ class Variables:
             raise ConversionError(f"{self.prefix}.index describes {claimed} bytes; the data files hold {size}")
         return reader
 
+    @cached_property
     def keys(self) -> set[str]:
-        return set(self._reader.get_variable_to_shape_map())
+        strings = tensorflow().string
+        return {name for name, dtype in self._reader.get_variable_to_dtype_map().items() if dtype != strings}
 
-    def read(self, node: str, name: str) -> np.ndarray:
-        """Value of the variable made by `node`, which the bundle may know by `name`.
+    def read(self, node: Any) -> np.ndarray:
+        """Value of the variable that a node makes.
 
         Raises:
-            ConversionError: it is not in the bundle, or damaged.
+            ConversionError: it is not in the bundle, or damaged, or of another shape or type than the node's.
         """
-        key = self.restored.get(node, name if name in self.keys() else node)
-        if key not in self.keys():
-            raise ConversionError(f"variable {key!r} (node {node!r}) is not in {self.prefix}.index")
+        tf = tensorflow()
+        shared = node.attr["shared_name"].s.decode("utf-8", "replace")
+        key = self.restored.get(node.name, shared if shared in self.keys else node.name)
+        if key not in self.keys:
+            similar = sorted(name for name in self.keys if name.endswith("/" + key.rpartition("/")[2]))[:3]
+            raise ConversionError(
+                f"variable {key!r} (node {node.name!r}) is not in {self.prefix}.index, which has {len(self.keys)} "
+                f"variables{', such as ' + ', '.join(similar) if similar else ''}"
+            )
         self.used.add(key)
-        return self._tensor(key)
+        value = self._tensor(key)
+        shape, dtype = tf.TensorShape(node.attr["shape"].shape), tf.dtypes.as_dtype(node.attr["dtype"].type)
+        if not shape.is_compatible_with(value.shape) or dtype.base_dtype.as_numpy_dtype != value.dtype:
+            raise ConversionError(
+                f"variable {key!r} is {value.dtype}{list(value.shape)} in {self.prefix}.index, but node {node.name!r} "
+                f"is {dtype.base_dtype.name}{shape} (a partitioned variable's slice, or another module's variables?)"
+            )
+        if value.dtype.name in FLOATS and not np.isfinite(value.astype(np.float32)).all():
+            raise ConversionError(f"variable {key!r} holds values that are not finite")
+        return value
 
     def check_unused(self) -> int:
         """Reads the variables that nothing asked for, so that damage anywhere is found; how many they are."""
-        unused = self.keys() - self.used
+        unused = self.keys - self.used
         for key in sorted(unused):
             self._tensor(key)
         return len(unused)
@@ -188,14 +219,11 @@ class Variables:
     def _tensor(self, key: str) -> np.ndarray:
         tf = tensorflow()
         try:
-            value = np.asarray(self._reader.get_tensor(key))
-        except (tf.errors.OpError, RuntimeError, ValueError) as error:
+            return np.asarray(self._reader.get_tensor(key))
+        except (tf.errors.OpError, RuntimeError, ValueError, IndexError) as error:
             raise ConversionError(
                 f"variable {key!r} cannot be read from {self.prefix}: {_first_line(error)}"
             ) from error
-        if value.dtype.name in FLOATS and not np.isfinite(value.astype(np.float32)).all():
-            raise ConversionError(f"variable {key!r} holds values that are not finite")
-        return value
 
 
 def _first_line(error: Exception) -> str:

@@ -8,15 +8,15 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import numpy as np
-
 from weights_conversion.errors import ConversionError, tensorflow
 
-MAX_ELEMENTS = 1 << 30
+MAX_ELEMENTS = 1 << 28  # the largest tensor of a full-size module has a fifth of it
+MAX_KNOWN = 1 << 10  # arguments up to this size (shapes, paddings, axes) tell the shape of a result
 
 _BINARY = """Add AddV2 Sub Mul RealDiv Div DivNoNan MulNoNan Maximum Minimum Pow SquaredDifference FloorDiv FloorMod Mod
     Greater GreaterEqual Less LessEqual Equal NotEqual LogicalAnd LogicalOr"""
-_UNARY = "Neg Sqrt Rsqrt Square Exp Log Log1p Tanh Reciprocal Inv Abs LogicalNot ZerosLike OnesLike"
+_UNARY = """Neg Sqrt Rsqrt Square Exp Log Log1p Tanh Sigmoid Reciprocal Inv Abs Sign Floor Round LogicalNot ZerosLike
+    OnesLike"""
 _REDUCTIONS = "Sum Mean Max Min Prod"
 _STRIDED = "begin_mask end_mask ellipsis_mask new_axis_mask shrink_axis_mask"
 
@@ -30,9 +30,11 @@ ALLOWED: dict[str, str] = {
     "AvgPool": "value | ksize strides padding data_format",
     "BatchMatMul": "x y | adj_x adj_y",
     "BatchMatMulV2": "x y | adj_x adj_y",
+    "BatchMatMulV3": "x y | Tout adj_x adj_y",
     "BiasAdd": "value bias | data_format",
     "BroadcastTo": "input shape",
     "Cast": "x | DstT Truncate",
+    "ClipByValue": "t clip_value_min clip_value_max",
     "Concat": "concat_dim *values",
     "ConcatV2": "*values axis",
     "Conv2D": "input filter | strides padding explicit_paddings data_format dilations",
@@ -45,6 +47,8 @@ ALLOWED: dict[str, str] = {
     "FusedBatchNormV3": "x scale offset mean variance | epsilon data_format is_training",
     "Gather": "params indices",
     "GatherV2": "params indices axis | batch_dims",
+    "InvertPermutation": "x",
+    "L2Loss": "t",
     "LeakyRelu": "features | alpha",
     "MatMul": "a b | transpose_a transpose_b",
     "MaxPool": "input | ksize strides padding explicit_paddings data_format",
@@ -58,6 +62,7 @@ ALLOWED: dict[str, str] = {
     "Reshape": "tensor shape",
     "ResizeBilinear": "images size | align_corners half_pixel_centers",
     "ResizeNearestNeighbor": "images size | align_corners half_pixel_centers",
+    "ReverseV2": "tensor axis",
     "Select": "condition x y",
     "SelectV2": "condition t e",
     "Shape": "input | out_type",
@@ -66,6 +71,7 @@ ALLOWED: dict[str, str] = {
     "Slice": "input begin size",
     "Softmax": "logits",
     "Softplus": "features",
+    "SpaceToDepth": "input | block_size data_format",
     "Split": "axis value | num_split",
     "SplitV": "value size_splits axis | num_split",
     "Squeeze": "input | squeeze_dims",
@@ -75,21 +81,37 @@ ALLOWED: dict[str, str] = {
     "Unpack": "value | num axis",
 }
 
+# Results of all others hold at most as many values as their arguments.
+_GROWING = {
+    *_BINARY.split(), "BatchMatMul", "BatchMatMulV2", "BatchMatMulV3", "BroadcastTo", "Concat", "ConcatV2", "Conv2D",
+    "AvgPool", "MaxPool", "Einsum", "Fill", "Gather", "GatherV2", "MatMul", "OneHot", "Pack", "Pad", "PadV2", "Range",
+    "ResizeBilinear", "ResizeNearestNeighbor", "Select", "SelectV2", "Tile",
+}  # fmt: skip
+
 IDENTITIES = (
-    "Identity", "StopGradient", "PreventGradient", "Snapshot", "PlaceholderWithDefault", "CheckNumerics", "EnsureShape",
+    "Identity", "IdentityN", "StopGradient", "PreventGradient", "Snapshot", "PlaceholderWithDefault", "CheckNumerics",
+    "EnsureShape", "RefIdentity",
 )  # fmt: skip
 NOISE = ("RandomStandardNormal", "StatelessRandomNormal", "StatelessRandomNormalV2")
 SHAPE_ONLY = ("Shape", "ShapeN", "Size", "Rank", "ZerosLike", "OnesLike")  # see no values of their input
-# Second and later outputs by name, as functions refer to them; other outputs start at 0.
-OUTPUT_OFFSETS = {"output_true": 1, "value_index": 1, "batch_mean": 1, "batch_variance": 2}
+
+
+def definition(op: str) -> Any:
+    """TensorFlow's definition of an operation; None for an unknown one."""
+    tensorflow()
+    from tensorflow.python.framework import op_def_registry
+
+    return op_def_registry.get(op)
 
 
 def attribute(node: Any, name: str) -> Any:
-    """An attribute as a Python value; None if the node has none of that name."""
-    if name not in node.attr:
-        return None
-    value = node.attr[name]
-    kind = value.WhichOneof("value")
+    """An attribute as a Python value; its default where the node lacks it, as hub modules are saved without those."""
+    if name in node.attr:
+        value = node.attr[name]
+    else:
+        known = definition(node.op)
+        value = next((a.default_value for a in (known.attr if known else ()) if a.name == name), None)
+    kind = value.WhichOneof("value") if value is not None else None
     if kind == "s":
         return value.s.decode("utf-8", "replace")
     if kind == "type":
@@ -97,6 +119,17 @@ def attribute(node: Any, name: str) -> Any:
     if kind == "list":
         return list(value.list.i) or [s.decode("utf-8", "replace") for s in value.list.s]
     return getattr(value, kind) if kind in ("i", "f", "b") else None
+
+
+def output_offset(node: Any, name: str, known: Any) -> int:
+    """Where a named output begins among those of a node whose operation or function has the definition `known`."""
+    offset = 0
+    for argument in known.output_arg if known else ():
+        if argument.name == name:
+            return offset
+        listed = argument.type_list_attr and len(node.attr[argument.type_list_attr].list.type)
+        offset += node.attr[argument.number_attr].i if argument.number_attr else listed or 1
+    raise ConversionError(f"node {node.name!r} ({node.op}) has no output {name!r}")
 
 
 def evaluate(node: Any, inputs: list[Any]) -> list[Any]:
@@ -115,7 +148,6 @@ def evaluate(node: Any, inputs: list[Any]) -> list[Any]:
     extra = len(inputs) - len(names)
     if extra and not any(name.startswith("*") for name in names):
         raise ConversionError(f"node {node.name!r} ({node.op}) has {len(inputs)} inputs, not {len(names)}")
-    _check_size(node, inputs)
     kwargs: dict[str, Any] = {}
     rest = list(inputs)
     for name in names:
@@ -126,49 +158,35 @@ def evaluate(node: Any, inputs: list[Any]) -> list[Any]:
     for name in attributes.split():
         if (value := attribute(node, name)) is not None:
             kwargs["axis" if name == "squeeze_dims" else name] = value
+    function = getattr(tf.raw_ops, node.op)
     try:
-        result = getattr(tf.raw_ops, node.op)(**kwargs)
+        if node.op in _GROWING:
+            _check_size(node, function, kwargs)
+        result = function(**kwargs)
+    except ConversionError:
+        raise
     except (tf.errors.OpError, ValueError, TypeError) as error:
         text = " ".join(str(error).split())[:300]
         raise ConversionError(f"node {node.name!r} ({node.op}) cannot be evaluated: {text}") from error
     return list(result) if isinstance(result, list | tuple) else [result]
 
 
-def _check_size(node: Any, inputs: list[Any]) -> None:
-    """Refuses results that could fill the memory, before they are made."""
-    shapes = [tuple(value.shape) for value in inputs]
+def _check_size(node: Any, function: Any, kwargs: dict[str, Any]) -> None:
+    """Refuses a result that could fill the memory before it is made, by TensorFlow's own shape inference."""
+    tf = tensorflow()
 
-    def numbers(index: int) -> list[int]:
-        return [int(v) for v in np.asarray(inputs[index]).reshape(-1)[:64]]
+    def stand_in(value: Any) -> Any:
+        if isinstance(value, list):
+            return [stand_in(item) for item in value]
+        if not tf.is_tensor(value):
+            return value
+        small = math.prod(value.shape) <= MAX_KNOWN
+        return tf.constant(value.numpy()) if small else tf.compat.v1.placeholder(value.dtype, value.shape)
 
-    count = 0
-    if node.op in ("Fill", "BroadcastTo", "Tile", "ResizeBilinear", "ResizeNearestNeighbor", "Pad", "PadV2"):
-        index = 0 if node.op == "Fill" else 1
-        values = numbers(index)
-        count = math.prod(abs(v) for v in values)
-        if node.op == "Tile":
-            count *= math.prod(shapes[0])
-        if node.op.startswith("Resize"):
-            count *= shapes[0][0] * shapes[0][-1] if len(shapes[0]) == 4 else 1
-        if node.op.startswith("Pad"):
-            sides = zip(shapes[0], values[::2], values[1::2], strict=False)
-            count = math.prod(s + abs(a) + abs(b) for s, a, b in sides)
-    elif node.op == "Range":
-        start, limit, delta = (float(np.asarray(value)) for value in inputs)
-        count = int(abs((limit - start) / delta)) if delta else MAX_ELEMENTS + 1
-    elif node.op == "OneHot":
-        count = math.prod(shapes[0]) * abs(numbers(1)[0])
-    elif node.op in _BINARY.split():
-        a, b = (math.prod(shape) for shape in shapes)
-        count = a * b if a * b > MAX_ELEMENTS else 0
-        if count:
-            try:
-                count = math.prod(np.broadcast_shapes(*shapes))
-            except ValueError:
-                count = 0  # TensorFlow says what is wrong
-    elif node.op in ("MatMul", "BatchMatMul", "BatchMatMulV2", "Einsum") and len(shapes) == 2:
-        count = math.prod(shapes[0][:-1]) * max(shapes[1], default=1) if node.op == "MatMul" else 0
-    elif node.op in ("Gather", "GatherV2"):
-        count = math.prod(shapes[1]) * (math.prod(shapes[0]) // max(min(shapes[0], default=1), 1))
-    if count > MAX_ELEMENTS:
-        raise ConversionError(f"node {node.name!r} ({node.op}) would make {count} values")
+    shapes = {tuple(value.shape) for value in kwargs.values() if tf.is_tensor(value)}
+    if node.op in _BINARY.split() and len(shapes - {()}) <= 1:
+        return  # as large as its operands
+    with tf.Graph().as_default():
+        count = function(**{name: stand_in(value) for name, value in kwargs.items()}).shape.num_elements()
+    if count is None or count > MAX_ELEMENTS:
+        raise ConversionError(f"node {node.name!r} ({node.op}) would make {count or 'untold'} values")

@@ -50,9 +50,10 @@ def scaled(where: str, poly: Poly, kind: str) -> tuple[Layer, float]:
     return layer, float(scale)
 
 
-def expand(poly: Poly) -> Poly:
-    """Sums opened, so that order and nesting of additions do not matter."""
-    while opened := next((layer for m in poly.terms for layer in m if layer.kind == "Add"), None):
+def expand(poly: Poly, keep: tuple[int, ...] | None = None) -> Poly:
+    """Sums opened, so that order and nesting of additions do not matter; those of the shape `keep` stay."""
+    while sums := [layer for layer in poly.layers if layer.kind == "Add" and layer.shape != keep]:
+        opened = sums[-1]  # the last made: none comes twice
         result = make({}, poly.shape, poly.hint)
         for monomial, c in poly.terms.items():
             if opened not in monomial:

@@ -12,14 +12,14 @@ import numpy as np
 from weights_conversion.algebra import Poly, decimal
 from weights_conversion.interpret import Constant
 
-_DEPTH = 8
 
-
-def _ancestors(constant: Constant, depth: int = _DEPTH) -> Iterator[Constant]:
-    yield constant
-    if depth:
-        for source in constant.inputs:
-            yield from _ancestors(source, depth - 1)
+def _ancestors(constant: Constant, depth: int = 8) -> Iterator[Constant]:
+    """A constant and what it is computed from, each once, nearest first."""
+    seen, level = {id(constant)}, [constant]
+    for _ in range(depth + 1):
+        yield from level
+        new = {id(source): source for c in level for source in c.inputs if id(source) not in seen}
+        seen, level = seen | new.keys(), list(new.values())
 
 
 def denominator(constant: Constant) -> tuple[np.ndarray | None, float | None]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
 
-from weights_conversion.algebra import NO_HINT, Hint, Poly, decimal, make, of_layer, squeezed
+from weights_conversion.algebra import NO_HINT, Hint, Poly, decimal, make, of_layer, same_pads, squeezed
 from weights_conversion.errors import ConversionError, tensorflow
 from weights_conversion.interpret import Constant, Record, Value
 from weights_conversion.layers import LayerTable, doubled, is_scaled
@@ -18,12 +18,18 @@ Operand = Poly | Constant
 
 
 class Tracer:
-    """Layers of one run; `poly` gives what an output is made of."""
+    """Layers of one run; `poly` gives what one of `values` is made of."""
 
-    def __init__(self, records: list[Record]):
+    def __init__(self, records: list[Record], values: Iterable[Value]):
         self.table = LayerTable()
         self._outputs: dict[tuple[int, int], Poly] = {}
-        for record in records:
+        needed = {id(value.record) for value in values}
+        used: list[Record] = []
+        for record in reversed(records):  # what a constant condition discards may be anything
+            if id(record) in needed:
+                used.append(record)
+                needed.update(id(source[0]) for source in record.inputs if not isinstance(source, Constant))
+        for record in reversed(used):
             self._record(record)
 
     def poly(self, value: Value) -> Poly:
@@ -48,6 +54,8 @@ class Tracer:
                 made = rule(self, record, *operands)
             except ConversionError as error:
                 raise ConversionError(f"{describe(record)}: {error}") from error
+            except (AssertionError, IndexError, TypeError, ValueError) as error:
+                raise ConversionError(f"{describe(record)}: not written as in a BigBiGAN ({error!r})") from error
             results = made if isinstance(made, list) else [made]
         for port, result in enumerate(results):
             self._outputs[id(record), port] = Poly(result.terms, record.shapes[port], result.hint)
@@ -75,10 +83,17 @@ class Tracer:
         if isinstance(b, Constant):
             return self.shift(record, a, b, sign)
         if sign > 0 and a.shape == b.shape and len(squeezed(a.shape)) > 1:
-            return self.table.layer("Add", (a, b), a.shape, record.name)
+            return self.table.add(a, b, record.name)
         return a + b.scale(sign)
 
+    def _spread(self, record: Record, a: Poly) -> Poly:
+        """`a` repeated as broadcasting against a larger constant does."""
+        places = np.arange(np.prod(a.shape, dtype=np.int64)).reshape(a.shape)
+        larger = np.prod(record.shapes[0]) > places.size
+        return self.table.move(a, np.broadcast_to(places, record.shapes[0]), record.name) if larger else a
+
     def shift(self, record: Record, a: Poly, constant: Constant, sign: float) -> Poly:
+        a = self._spread(record, a)
         c = sign * self._channel(constant, record.shapes[0])
         mean = subtracted_mean(a, c, constant, sign)
         hint = Hint(mean=mean) if mean is not None else NO_HINT
@@ -90,13 +105,13 @@ class Tracer:
         assert isinstance(a, Poly)
         if isinstance(b, Poly):
             return a * b
-        var, eps = denominator(b)
+        a, (var, eps) = self._spread(record, a), denominator(b)
         return make(a.scale(self._channel(b, record.shapes[0])).terms, a.shape, a.hint.merge(Hint(var, eps)))
 
     def divide(self, record: Record, a: Operand, b: Operand) -> Poly:
         if isinstance(a, Constant) or isinstance(b, Poly):
             raise ConversionError("a division by data")
-        var, eps = denominator(b)
+        a, (var, eps) = self._spread(record, a), denominator(b)
         return make(a.scale(1 / self._channel(b, record.shapes[0])).terms, a.shape, a.hint.merge(Hint(var, eps)))
 
     def batch_norm(self, record: Record, x: Operand, *parameters: Operand) -> Poly:
@@ -107,8 +122,7 @@ class Tracer:
         scale, offset, mean, var = (np.asarray(p.array, np.float64) for p in parameters if isinstance(p, Constant))
         eps = decimal(float(attribute(record.node, "epsilon")))
         gain = scale / np.sqrt(var + eps)
-        out = make(x.scale(gain).shift(offset - mean * gain).terms, x.shape, Hint(var, eps, mean))
-        return out
+        return make(x.scale(gain).shift(offset - mean * gain).terms, x.shape, Hint(var, eps, mean))
 
     # ---- activations
 
@@ -143,7 +157,9 @@ class Tracer:
     def matmul(self, record: Record, a: Operand, b: Operand) -> Poly:
         if not isinstance(a, Poly) or not isinstance(b, Constant) or attribute(record.node, "transpose_a"):
             raise ConversionError("a matrix product that is not data times a weight")
-        transposed = bool(attribute(record.node, "transpose_b"))
+        return self._dense(record, a, b, bool(attribute(record.node, "transpose_b")))
+
+    def _dense(self, record: Record, a: Poly, b: Constant, transposed: bool) -> Poly:
         weight = b.array.T if transposed else b.array
         return self.table.dense(a, weight, (b.name, id(b.value), transposed), record.name)
 
@@ -158,7 +174,7 @@ class Tracer:
 
     def _window(
         self, record: Record, x: Poly, kernel: tuple[int, ...], strides: list[int]
-    ) -> tuple[int, tuple[int, int, int, int]]:
+    ) -> tuple[int, tuple[int, ...]]:
         """Stride and zeros (top, bottom, left, right)."""
         if attribute(record.node, "data_format") not in (None, "NHWC"):
             raise ConversionError("channels do not come last")
@@ -170,11 +186,7 @@ class Tracer:
             return stride, tuple(explicit[2:6])
         if padding == "VALID":
             return stride, (0, 0, 0, 0)
-        pads: list[int] = []
-        for side, k in zip(x.shape[1:3], kernel, strict=True):
-            total = max((-(-side // stride) - 1) * stride + k - side, 0)
-            pads += [total // 2, total - total // 2]
-        return stride, tuple(pads)  # type: ignore[return-value]
+        return stride, same_pads(x.shape[1:3], kernel, stride)
 
     def batch_matmul(self, record: Record, a: Operand, b: Operand) -> Poly:
         flags = bool(attribute(record.node, "adj_x")), bool(attribute(record.node, "adj_y"))
@@ -196,9 +208,7 @@ class Tracer:
         x, _, y = left.partition(",")
         linear = len(x) == len(y) == len(out) == 2 and x[1] in y and x[0] == out[0] and out[1] in y
         if isinstance(a, Poly) and isinstance(b, Constant) and linear and len({*x, *y}) == 3:
-            transposed = y[0] != x[1]
-            weight = b.array.T if transposed else b.array
-            return self.table.dense(a, weight, (b.name, id(b.value), transposed), record.name)
+            return self._dense(record, a, b, transposed=y[0] != x[1])
         if len(x) == len(y) == len(out) == 3 and x[0] == y[0] == out[0] and len({*x, *y}) == 4:
             (contracted,) = set(x) & set(y) - {x[0]}
             if contracted not in out and out[1] in x and out[2] in y:
@@ -211,6 +221,8 @@ class Tracer:
         assert isinstance(x, Poly) and isinstance(axis, Constant)
         axes = sorted(int(i) % len(x.shape) for i in axis.array.reshape(-1))
         area = int(np.prod([x.shape[i] for i in axes]))
+        if area == 1:
+            return x
         if len(x.shape) == 4 and axes == [1, 2]:
             mean = self.table.layer("Mean", (x,), (x.shape[0], x.shape[3]), record.name)
             return mean.scale(area) if record.op == "Sum" else mean
@@ -219,6 +231,11 @@ class Tracer:
             key = (record.name, "sum")
             dense = self.table.dense(of_layer(layer), weight, key, record.name)
             return dense.shift(np.broadcast_to(x.const, (x.shape[1],)).sum())
+        if (layer := x.only) is not None and layer.kind == "Move":
+            places = np.moveaxis(layer.index.reshape(x.shape), axes, range(-len(axes), 0))
+            groups = places.reshape(*(n for i, n in enumerate(x.shape) if i not in axes), area)
+            if (found := self.table.mean_of(layer.input, groups, record.name)) is not None:
+                return found.scale(area) if record.op == "Sum" else found
         raise ConversionError(f"a {record.op.lower()} over axes {axes} of {list(x.shape)}")
 
     def average_pool(self, record: Record, x: Operand) -> Poly:
@@ -347,8 +364,8 @@ def _add_n(tracer: Tracer, record: Record, *operands: Operand) -> Poly:
 
 
 MOVES = (
-    "Reshape", "Squeeze", "ExpandDims", "Transpose", "Tile", "DepthToSpace", "Slice", "StridedSlice", "Pack", "Unpack",
-    "BroadcastTo",
+    "Reshape", "Squeeze", "ExpandDims", "Transpose", "Tile", "DepthToSpace", "SpaceToDepth", "Slice", "StridedSlice",
+    "Pack", "Unpack", "BroadcastTo", "ReverseV2",
 )  # fmt: skip
 RULES: dict[str, Callable[..., Poly | list[Poly]]] = {
     "Add": Tracer.add,
@@ -374,6 +391,7 @@ RULES: dict[str, Callable[..., Poly | list[Poly]]] = {
     "Conv2D": Tracer.conv,
     "BatchMatMul": Tracer.batch_matmul,
     "BatchMatMulV2": Tracer.batch_matmul,
+    "BatchMatMulV3": Tracer.batch_matmul,
     "Einsum": Tracer.einsum,
     "Mean": Tracer.reduce,
     "Sum": Tracer.reduce,

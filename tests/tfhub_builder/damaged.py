@@ -239,6 +239,19 @@ def linked_variables(good: Path, path: Path) -> Path:
     return _link(good, path, "variables")
 
 
+@hostile("not_run")
+def checkpoint_folder(good: Path, path: Path) -> Path:
+    """A folder named as the bundle, in which a text file names another bundle, outside."""
+    outside = edit_variables(
+        good, path.parent / f"{path.name}_outside", lambda values: values.update({k: -v for k, v in values.items()})
+    )
+    copy(good, path)
+    (path / "variables/variables").mkdir()
+    elsewhere = outside / "variables/variables"
+    (path / "variables/variables/checkpoint").write_text(f'model_checkpoint_path: "{elsewhere}"\n')
+    return path
+
+
 @hostile()
 def linked_graph(good: Path, path: Path) -> Path:
     return _link(good, path, "saved_model.pb")

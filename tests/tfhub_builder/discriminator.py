@@ -43,6 +43,8 @@ def image_features(w: Writer, x: Tensor) -> Tensor:
         x = w.relu(x)
         if w.style.pooling == "mean":
             return tf.reduce_sum(x, [1, 2])
+        if w.style.pooling == "flat":
+            return tf.reduce_sum(tf.reshape(x, [-1, x.shape[1] * x.shape[2], x.shape[3]]), 1)
         return w.spatial_mean(x) * float(x.shape[1] * x.shape[2])
 
 
@@ -51,6 +53,8 @@ def score(w: Writer, name: str, x: Tensor) -> Tensor:
     y = w.linear(name, x, 1)
     if w.style.score == "squeeze":
         return tf.squeeze(y, [1])
+    if w.style.score == "sum":
+        return tf.reduce_sum(y, 1)
     return tf.reshape(y, [-1]) if w.style.score == "reshape" else y[:, 0]
 
 

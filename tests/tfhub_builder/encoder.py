@@ -121,9 +121,9 @@ def standard_normal(w: Writer, like: Tensor) -> Tensor:
     shape = tf.shape(like)
     if w.style.noise == "raw":
         return tf.raw_ops.RandomStandardNormal(shape=shape, dtype=tf.float32)
-    if w.style.noise == "tfp":  # as a distribution's sample(): one leading sample axis, reshaped away
+    if w.style.noise in ("tfp", "sample_axis"):  # as a distribution's sample(): one leading sample axis
         noise = v1.random_normal(tf.concat([[1], shape], 0))
-        return tf.reshape(noise, shape)
+        return tf.reshape(noise, shape) if w.style.noise == "tfp" else noise
     return v1.random_normal(shape)
 
 
@@ -146,7 +146,7 @@ def encoder(w: Writer, x: Tensor) -> dict[str, Tensor]:
             stdev = softplus(w, raw_stdev)
             if w.spec.stdev_offset:
                 stdev = stdev + w.spec.stdev_offset
-            sample = mean + stdev * standard_normal(w, mean)
+            sample = tf.reshape(mean + stdev * standard_normal(w, mean), tf.shape(mean))
             sample.set_shape([None, z_dim])
             if w.spec.sample_activation:
                 sample = tf.tanh(sample)

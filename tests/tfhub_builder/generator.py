@@ -83,7 +83,11 @@ def generator(w: Writer, z: Tensor) -> Tensor:
             if x.shape[1] == spec.attention_resolution:
                 x = attention(w, x)
         x = w.relu(w.batch_norm("BatchNorm", x, spec.bn_eps))
-        return tf.tanh(w.conv("conv_2d", x, 3, 3))
+        return (
+            tf.tanh(w.conv("conv_2d", x, 8, 3))[..., :3]
+            if w.style.padded_image
+            else tf.tanh(w.conv("conv_2d", x, 3, 3))
+        )
 
 
 def upsampled(w: Writer, image: Tensor) -> Tensor:

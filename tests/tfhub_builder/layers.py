@@ -90,6 +90,9 @@ class Writer:
 
             v = normalize(tf.matmul(self.variables.read(u0), flat))
             u = normalize(tf.matmul(v, flat, transpose_b=True))
+            if self.style.u0_read_back and not self.training:
+                with tf.control_dependencies([tf.group(u0.assign(u))]):
+                    u = u0.read_value()
             sigma = tf.matmul(tf.matmul(v, flat, transpose_b=True), u, transpose_b=True)
             if self.style.assignments or self.training:
                 with tf.control_dependencies([u0.assign(u)]):
@@ -177,7 +180,15 @@ class Writer:
         else:
             stored = self._accumulated(mean.reshape(shape), var.reshape(shape))
         flat = tuple(tf.reshape(value, [size]) if len(shape) > 1 else value for value in stored)
-        return self._branch(lambda: flat, lambda: tuple(tf.nn.moments(x, list(range(len(x.shape) - 1)))))
+
+        def batch() -> tuple[Tensor, Tensor]:
+            moments = tf.nn.moments(x, list(range(len(x.shape) - 1)))
+            return tuple(tf.cumsum(value) if self.style.outside else value for value in moments)  # never evaluated
+
+        if self.style.outside and not self.training:
+            moments = batch()
+            return self._branch(lambda: flat, lambda: moments)
+        return self._branch(lambda: flat, batch)
 
     def _accumulated(self, mean: np.ndarray, var: np.ndarray) -> tuple[Tensor, Tensor]:
         get, read = self.variables.get, self.variables.read
@@ -205,6 +216,11 @@ class Writer:
         if self.style.branch == "none":
             return stored()
         training = tf.constant(False)
+        if self.style.condition == "select":
+            pairs = zip(batch(), stored(), strict=True)
+            return tuple(v1.where(tf.fill(tf.shape(b), False), a, b) for a, b in pairs)
+        if self.style.condition == "constants":  # a branch of constants alone, which control edges tie to it
+            training = v1.cond(training, lambda: tf.constant(1.0), lambda: tf.constant(0.0)) > 0.5
         if self.style.condition == "placeholder":
             training = v1.placeholder_with_default(False, [], "is_training")
         elif self.style.condition == "logical":
@@ -245,6 +261,8 @@ class Writer:
         scale = scale if gain is None else scale * gain
         if form == "biggan":
             return x * scale - (mean * scale if offset is None else mean * scale - offset)
+        if form == "chain_add" and offset is not None:
+            return x * scale + (-mean * scale + offset)
         return x * scale + (-mean * scale if offset is None else offset - mean * scale)
 
     def _fused(
@@ -264,9 +282,19 @@ class Writer:
     def spatial_mean(self, x: Tensor) -> Tensor:
         if self.style.pooling == "mean":
             return tf.reduce_mean(x, [1, 2])
+        if self.style.pooling == "flat":
+            return tf.reduce_mean(tf.reshape(x, [-1, x.shape[1] * x.shape[2], x.shape[3]]), 1)
         return tf.squeeze(tf.nn.avg_pool2d(x, x.shape[1], 1, "VALID"), [1, 2])
 
     def halve(self, x: Tensor) -> Tensor:
+        _, height, width, channels = x.shape
+        if self.style.halving == "slices":
+            return tf.add_n([x[:, i::2, j::2, :] for i in (0, 1) for j in (0, 1)]) / 4.0
+        if self.style.halving == "space_to_depth":
+            y = raw.SpaceToDepth(input=x, block_size=2)
+            return tf.reduce_mean(tf.reshape(y, [-1, height // 2, width // 2, 4, channels]), 3)
+        if self.style.halving == "reshape":
+            return tf.reduce_mean(tf.reshape(x, [-1, height // 2, 2, width // 2, 2, channels]), [2, 4])
         return tf.nn.avg_pool2d(x, 2, 2, "VALID")
 
     def double(self, x: Tensor) -> Tensor:
@@ -275,6 +303,11 @@ class Writer:
         if self.style.upsample == "tile":
             y = tf.tile(tf.reshape(x, [-1, height, 1, width, 1, channels]), [1, 1, 2, 1, 2, 1])
             return tf.reshape(y, [-1, 2 * height, 2 * width, channels])
+        if self.style.upsample == "broadcast":
+            y = tf.reshape(x, [-1, height, 1, width, 1, channels]) * tf.ones([1, 1, 2, 1, 2, 1])
+            return tf.reshape(y, [-1, 2 * height, 2 * width, channels])
+        if self.style.upsample == "depth_to_space":
+            return raw.DepthToSpace(input=tf.concat([x] * 4, -1), block_size=2)
         size = tf.constant([2 * height, 2 * width])
         if self.style.dynamic_shapes:
             size = tf.shape(x)[1:3] * 2

@@ -74,7 +74,7 @@ def write_meta_graph(
             variables.values["global_step"] = np.int64(500_000)
         if spec.style.assets:
             write_asset(folder)
-        meta = v1.train.export_meta_graph(graph=graph, clear_devices=True)
+        meta = v1.train.export_meta_graph(graph=graph, clear_devices=True, strip_default_attrs=spec.style.stripped)
         meta.meta_info_def.tags.extend(["train"] if training else spec.tags)
         for name, (inputs, outputs) in signatures.items():
             meta.signature_def[name].CopyFrom(v1.saved_model.build_signature_def(*(

@@ -60,6 +60,56 @@ def cyclic_graph(good: Path, path: Path) -> Path:
     return edit(good, path, change)
 
 
+@hostile("not_run")
+def cyclic_restore(good: Path, path: Path) -> Path:
+    """What a variable is restored from depends on itself."""
+
+    def change(saved: saved_model_pb2.SavedModel) -> None:
+        nodes = saved.meta_graphs[0].graph_def.node
+        variable = next(node.name for node in nodes if node.op == "VarHandleOp")
+        nodes.add(name="first", op="Identity", input=["second"])
+        nodes.add(name="second", op="Identity", input=["first"])
+        nodes.add(name="restore", op="AssignVariableOp", input=[variable, "first"])
+
+    return edit(good, path, change)
+
+
+@hostile()
+def doubled_sums(good: Path, path: Path) -> Path:
+    """Two to the power of 60 terms, if sums are cut term by term."""
+
+    def double(x: tf.Tensor) -> tf.Tensor:
+        for _ in range(60):
+            x = 0.5 * x + 0.5 * x
+        return tf.concat([x[..., :1], x[..., 1:]], -1)
+
+    return edit(good, path, splice("generate", "default", double))
+
+
+@hostile()
+def wide_constants(good: Path, path: Path) -> Path:
+    """300 to the power of 4 ways from a factor to where it comes from."""
+
+    def multiply(x: tf.Tensor) -> tf.Tensor:
+        factor = tf.identity(tf.constant(1.0))
+        for _ in range(4):
+            factor = tf.add_n([factor] * 300) * tf.constant(1 / 300)
+        return x * factor * 1.25
+
+    return edit(good, path, splice("generate", "default", multiply))
+
+
+@hostile()
+def huge_product(good: Path, path: Path) -> Path:
+    """4 TB made by a product of two vectors."""
+
+    def product(x: tf.Tensor) -> tf.Tensor:
+        row = tf.ones([1, 10**6])
+        return x + tf.reduce_sum(tf.matmul(row, row, transpose_a=True))
+
+    return edit(good, path, splice("generate", "default", product))
+
+
 @hostile()
 def huge_constant(good: Path, path: Path) -> Path:
     """A constant of 4 TB, declared by its shape alone."""

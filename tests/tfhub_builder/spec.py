@@ -98,7 +98,7 @@ class DiscriminatorSpec:
 class Style:
     """Ways of writing one and the same function. No field changes an output beyond rounding."""
 
-    batch_norm: Literal["chain", "biggan", "sub_div", "fused", "fused_v1"] = "biggan"
+    batch_norm: Literal["chain", "chain_add", "biggan", "sub_div", "fused", "fused_v1"] = "biggan"
     statistics_shape: Literal["flat", "nhwc"] = "flat"  # [C] or [1, 1, 1, C]
     counter: Literal["scalar", "vector", "guarded"] = "scalar"  # shape [], shape [1], max(counter, 1)
     conv: Literal["same", "pad_valid", "explicit"] = "same"
@@ -107,8 +107,10 @@ class Style:
     add: Literal["add_v2", "add", "add_n"] = "add_v2"
     relu: Literal["op", "maximum"] = "op"
     leaky_relu: Literal["op", "maximum"] = "op"
-    pooling: Literal["mean", "avgpool"] = "mean"
-    upsample: Literal["resize", "tile"] = "resize"
+    pooling: Literal["mean", "avgpool", "flat"] = "mean"  # flat: over the second axis of [N, positions, C]
+    halving: Literal["avgpool", "slices", "space_to_depth", "reshape"] = "avgpool"
+    upsample: Literal["resize", "tile", "depth_to_space", "broadcast"] = "resize"
+    padded_image: bool = False  # the generator's last convolution has unused channels, as padded for TPUs
     generator_skip: Literal["upsample_conv", "conv_upsample"] = "upsample_conv"
     first_skip: Literal["pool_conv", "conv_pool"] = "pool_conv"  # first block of the discriminator
     attention: Literal["matmul", "einsum"] = "matmul"
@@ -116,16 +118,19 @@ class Style:
     class_broadcast: Literal["fill_matmul", "tile", "gather", "constant_row"] = "fill_matmul"
     gain: Literal["one_plus", "plus_one"] = "one_plus"
     softplus: Literal["op", "log1p_exp", "log_one_plus_exp"] = "op"
-    noise: Literal["random_normal", "raw", "tfp"] = "random_normal"
+    noise: Literal["random_normal", "raw", "tfp", "sample_axis"] = "random_normal"
     crelu: Literal["two_relus", "concat_first"] = "two_relus"
-    score: Literal["squeeze", "reshape", "slice"] = "squeeze"
+    score: Literal["squeeze", "reshape", "slice", "sum"] = "squeeze"
     variables: Literal["resource", "reference"] = "resource"
     scopes: Literal["deepmind", "other"] = "deepmind"
     clutter: tuple[Literal["identity", "squeeze", "reshape", "stop_gradient", "prevent_gradient", "cast"], ...] = ()
     branch: Literal["none", "switch", "if"] = "none"  # training branch of batch norm behind a constant condition
-    condition: Literal["constant", "logical", "placeholder"] = "constant"
+    condition: Literal["constant", "logical", "placeholder", "constants", "select"] = "constant"
+    outside: bool = False  # batch statistics are computed before the branch that would take them
     eps_placeholder: bool = False  # batch-norm eps through PlaceholderWithDefault
     assignments: bool = False  # u0 and accumulators assigned on control edges
+    u0_read_back: bool = False  # u is read from its variable after its assignment
+    stripped: bool = False  # attributes at their defaults are left out, as `hub.create_module_spec` does
     functions: Literal["none", "by_value", "captured"] = "none"  # blocks in PartitionedCall, StatefulPartitionedCall
     dynamic_shapes: bool = True  # Shape, StridedSlice and Pack feed Reshape and resize; else -1 and constants
     train_graph: bool = False  # a second MetaGraph tagged "train"

@@ -110,7 +110,7 @@ ARCHITECTURES: dict[str, ModuleSpec] = {
 
 # Ways of writing: field of Style -> values beside the default, and the spec that shows it.
 _WRITINGS: dict[str, tuple[Any, ...]] = {
-    "batch_norm": ("chain", "sub_div", "fused", "fused_v1"),
+    "batch_norm": ("chain", "chain_add", "sub_div", "fused", "fused_v1"),
     "statistics_shape": ("nhwc",),
     "counter": ("vector", "guarded"),
     "conv": ("pad_valid", "explicit"),
@@ -119,8 +119,10 @@ _WRITINGS: dict[str, tuple[Any, ...]] = {
     "add": ("add", "add_n"),
     "relu": ("maximum",),
     "leaky_relu": ("maximum",),
-    "pooling": ("avgpool",),
-    "upsample": ("tile",),
+    "pooling": ("avgpool", "flat"),
+    "halving": ("slices", "space_to_depth", "reshape"),
+    "upsample": ("tile", "depth_to_space", "broadcast"),
+    "padded_image": (True,),
     "generator_skip": ("conv_upsample",),
     "first_skip": ("conv_pool",),
     "attention": ("einsum",),
@@ -128,15 +130,18 @@ _WRITINGS: dict[str, tuple[Any, ...]] = {
     "class_broadcast": ("tile", "gather", "constant_row"),
     "gain": ("plus_one",),
     "softplus": ("log1p_exp", "log_one_plus_exp"),
-    "noise": ("raw", "tfp"),
+    "noise": ("raw", "tfp", "sample_axis"),
     "crelu": ("concat_first",),
-    "score": ("reshape", "slice"),
+    "score": ("reshape", "slice", "sum"),
     "variables": ("reference",),
     "scopes": ("other",),
     "branch": ("switch", "if"),
-    "condition": ("logical", "placeholder"),
+    "condition": ("logical", "placeholder", "constants", "select"),
+    "outside": (True,),
     "eps_placeholder": (True,),
     "assignments": (True,),
+    "u0_read_back": (True,),
+    "stripped": (True,),
     "functions": ("by_value", "captured"),
     "dynamic_shapes": (False,),
     "train_graph": (True,),
@@ -144,7 +149,7 @@ _WRITINGS: dict[str, tuple[Any, ...]] = {
     "assets": (True,),
     "dead_code": (True,),
 }
-_BASES = {"leaky_relu": LEAKY, "condition": _style(branch="switch")}
+_BASES = {"leaky_relu": LEAKY, "condition": _style(branch="switch"), "outside": _style(branch="switch")}
 CLUTTER = ("identity", "squeeze", "reshape", "stop_gradient", "prevent_gradient", "cast")
 
 WRITINGS: dict[str, ModuleSpec] = {
@@ -156,10 +161,22 @@ WRITINGS: dict[str, ModuleSpec] = {
 TF1 = dict(
     variables="reference", branch="switch", condition="logical", add="add", bias="add", assignments=True,
     train_graph=True, dead_code=True, clutter=("identity", "stop_gradient", "prevent_gradient"), counter="vector",
+    stripped=True, outside=True, pooling="flat",
 )  # fmt: skip
 TF2 = dict(functions="captured", branch="if", batch_norm="fused", bias="bias_add", noise="tfp", clutter=("identity",))
 
 PAIRS: dict[str, ModuleSpec] = {
+    "stripped_defaults": _style(  # eps and slope at the defaults of their operations
+        _encoder(LEAKY, bn_eps=1e-4),
+        stripped=True,
+        batch_norm="fused",
+        padded_image=True,
+        upsample="broadcast",
+        halving="slices",
+        branch="switch",
+        condition="constants",
+        u0_read_back=True,
+    ),
     "tf1_resnet": _style(_encoder(shortcut="raw", last_relu=False), **TF1),
     "tf1_revnet": _style(_mlps(REVNET, activation="leaky_relu", norm="batch"), **TF1),
     "tf2_resnet": _style(_mlps(order="post"), **TF2),
@@ -200,6 +217,7 @@ REPRESENTATIVE = (
     "tf1_revnet",
     "tf2_resnet",
     "tf2_revnet",
+    "stripped_defaults",
     "fused_crelu_affine_nhwc",
     "same_as_pad_valid",
     "product_first_relu_no_skip",
