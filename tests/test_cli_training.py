@@ -61,7 +61,7 @@ def test_train_settings(capsys: pytest.CaptureFixture[str]) -> None:
         ("batch_size=many", "batch_size"),
         ("batch_size=0", "at least 1"),
         ("batch_size", "is not KEY=VALUE"),
-        ("precision=fp64", "precision"),
+        ("precision=fp8", "precision"),
     ):
         assert main(["train", RECIPE, "--dry-run", "--set", setting]) == 2
         captured = capsys.readouterr()
@@ -135,7 +135,7 @@ def test_sigterm_writes_a_checkpoint_and_exits_143(tmp_path: Path, data: Path) -
 def test_evaluate_linear(
     tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("bigbigan.commands.evaluation.STANDING_PASSES", 5)
+    monkeypatch.setattr("bigbigan.commands.probes.STANDING_PASSES", 5)
     folder = str(tmp_path / "tiny")
     create_model("bigbigan-tiny", seed=7).save(folder)
     record = tmp_path / "record.json"

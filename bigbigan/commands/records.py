@@ -1,0 +1,83 @@
+"""What the protocols of `evaluate` share: options of the data, and the record of what was measured on what."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from bigbigan.model import BigBiGAN
+    from bigbigan.training.data import ImageDataset
+
+DATA = (
+    "Data: a folder with train.parquet and test.parquet (Hugging Face layout: image, label; also in shards),\n"
+    "or with train/ and test/, each with a folder of images a class.\n"
+)
+ENDING = (
+    "Prints a Markdown table, then the record: figures, protocol, digests of model and data, versions.\n"
+    "Exit codes: 0 done, 2 wrong usage, no such model, or data that do not fit."
+)
+
+
+def add_data_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data", required=True, metavar="PATH", help="labelled training and test images")
+    parser.add_argument(
+        "--train-split",
+        default="train",
+        metavar="SPLIT",
+        help="(default: %(default)s); train[:50000] is its first 50,000 images",
+    )
+    parser.add_argument("--test-split", default="test", metavar="SPLIT", help="(default: %(default)s)")
+    parser.add_argument("--json", metavar="FILE", help="write the record there instead of printing it")
+
+
+def load_split(arguments: argparse.Namespace, split: str, model: BigBiGAN) -> tuple[ImageDataset, Tensor]:
+    """The split, and its images [N, C, S, S] uint8 under the model's evaluation preprocessing."""
+    from bigbigan.training.data import open_dataset
+
+    dataset = open_dataset(arguments.data, split=split)
+    return dataset, dataset.decode_all(model.config.preprocess, model.config.image_channels)
+
+
+def make_record(
+    model: BigBiGAN, protocol: dict[str, Any], *, train: ImageDataset, test: ImageDataset, results: Any
+) -> dict[str, Any]:
+    import numpy
+    import torch
+
+    from bigbigan import __version__
+    from bigbigan.evaluation.features import digest
+
+    splits = {"train": train, "test": test}
+    digests = {f"{part}_digest": digest(getattr(model, part)) for part in model.parts}
+    return {
+        "protocol": protocol,
+        "model": {"name": model.info.name, **digests},
+        "data": {
+            name: {"digest": split.digest, "images": len(split), "unreadable": len(split.bad)}
+            for name, split in splits.items()
+        },
+        "results": results,
+        "versions": {
+            "bigbigan": __version__,
+            "torch": torch.__version__,
+            "numpy": numpy.__version__,
+            "python": platform.python_version(),
+        },
+    }
+
+
+def print_record(arguments: argparse.Namespace, table: str, record: dict[str, Any]) -> None:
+    from bigbigan.files import atomic_write
+
+    text = json.dumps(record, indent=2) + "\n"
+    print(table)
+    if not arguments.json:
+        print(f"\n{text}", end="")
+        return
+    with atomic_write(arguments.json) as temporary:
+        temporary.write_text(text, encoding="utf-8")
