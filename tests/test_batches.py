@@ -182,7 +182,7 @@ def test_a_killed_worker_ends_the_run_and_a_signal_to_the_group_does_not(tmp_pat
         batches.at(k)
     assert worker.is_alive()
     start = time.monotonic()
-    with pytest.raises(RuntimeError, match=r"DataLoader worker (\(pid|died)"):
+    with pytest.raises(ChildProcessError, match=r"DataLoader worker (\(pid|died)"):
         os.kill(worker.pid, signal.SIGKILL)  # from here on the error may come at any line
         for k in range(40, 400, 2):
             batches.at(k)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 import time
 from pathlib import Path
 
@@ -157,6 +158,38 @@ def test_evaluate_linear(
     _, text = capsys.readouterr().out.split("\n\n")
     (result,) = json.loads(text)["results"]
     assert (result["num_features"], sorted(result["holdout_accuracy"])) == (TINY.z_dim, ["0.01", "0.1"])
+
+
+def test_evaluate_rotation(tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, record = str(tmp_path / "ssgan"), tmp_path / "record.json"
+    tiny = dataclasses.replace(TINY.discriminator, scores=("x",), rotation_head=True)
+    create_model(dataclasses.replace(TINY, discriminator=tiny, encoder=None), seed=1).save(folder)
+    command = ["evaluate", "rotation", "--data", str(data), "--model"]
+    assert main([*command, folder, "--json", str(record)]) == 0
+    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()]
+    found = json.loads(record.read_text())["results"]
+    assert found["num_images"] == 20 and found["accuracy"] == pytest.approx(sum(found["per_turn"]) / 4)
+    assert table[2] == ["all", f"{100 * found['accuracy']:.2f}"] and table[4][0] == "90 degrees"
+    assert main([*command, RECIPE]) == 2
+    assert "has no rotation head" in capsys.readouterr().err
+
+
+def test_train_mirrors_its_metrics_to_tensorboard(
+    tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    command = ["train", RECIPE, "--data", str(data), "--run", str(run), "--tensorboard", *settings(log_images=8)]
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    assert main(command) == 2
+    assert "pip install tensorboard" in capsys.readouterr().err
+    monkeypatch.undo()
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    assert main(command) == 0
+    events = accumulator.EventAccumulator(str(run / "tensorboard")).Reload()
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    wanted = [(line["num_images"], line["loss_d"]) for line in lines if "loss_d" in line]
+    assert [(event.step, pytest.approx(event.value)) for event in events.Scalars("loss_d")] == wanted
+    assert {"samples", "reconstructions"} <= set(events.Tags()["images"])
 
 
 def test_evaluate_reconstruction(tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:

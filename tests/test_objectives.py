@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from bigbigan.config import ConfigError
 from bigbigan.discriminator import DiscriminatorOutput
+from bigbigan.evaluation.rotation import rotation_accuracy
 from bigbigan.presets import PRESETS, small
 from bigbigan.training.config import TrainConfig
 from bigbigan.training.cost import estimate
@@ -226,3 +227,21 @@ def test_cost_counts_what_a_step_computes() -> None:
 def test_cost_is_linear_in_the_batch_but_for_spectral_norm() -> None:
     costs = [estimate(dataclasses.replace(TINY, batch_size=n)).flops for n in (10, 20, 30)]
     assert costs[2] - costs[1] == pytest.approx(costs[1] - costs[0]) and costs[1] < 2 * costs[0]
+
+
+def test_rotation_accuracy_counts_quarter_turns_counterclockwise() -> None:
+    images = torch.zeros(6, 1, 16, 16, dtype=torch.uint8)
+    images[:, :, :4] = 255  # bright at the top; turned counterclockwise at the left, the bottom, the right
+
+    def classify(x: Tensor) -> Tensor:
+        edges = [x[:, 0, 0].mean(1), x[:, 0, :, 0].mean(1), x[:, 0, -1].mean(1), x[:, 0, :, -1].mean(1)]
+        return torch.stack(edges, 1)
+
+    found = rotation_accuracy(classify, images, batch_size=4)
+    assert (found.accuracy, found.per_turn, found.num_images) == (1.0, (1.0,) * 4, 6)
+    always = rotation_accuracy(lambda x: torch.tensor([0.0, 1, 0, 0]).expand(len(x), 4), images)
+    assert (always.accuracy, always.per_turn) == (0.25, (0.0, 1.0, 0.0, 0.0))
+    with pytest.raises(ValueError, match=r"gave \[6, 3\] for 6 images; expected \[6, 4\]"):
+        rotation_accuracy(lambda x: torch.zeros(len(x), 3), images)
+    with pytest.raises(ValueError, match="torch.float32"):
+        rotation_accuracy(classify, images.float())

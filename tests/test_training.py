@@ -243,7 +243,7 @@ def test_run_leaves_pictures_metrics_and_a_model(photos: Path, tmp_path: Path) -
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     losses, scores = [x for x in lines if "loss_d" in x], [x for x in lines if "linear_avepool_feat" in x]
     assert [x["num_images"] for x in losses] == [8, 16, 24, 32, 40, 48] and len(scores) == 2
-    assert scores[-1]["linear_avepool_feat"] == 1.0  # bright and dark
+    assert scores[-1]["linear_avepool_feat"] == scores[-1]["knn_avepool_feat"] == 1.0  # bright and dark
     names = sorted(path.name for path in (run / "samples").iterdir())
     assert names == [f"{kind}-{n:010d}.png" for kind in ("reconstructions", "samples") for n in (24, 48)]
     with Image.open(run / "samples" / names[0]) as picture:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from bigbigan.commands.options import Commands, help_formatter
 from bigbigan.commands.probes import add_knn, add_linear
 from bigbigan.commands.reconstruction import add_reconstruction
+from bigbigan.commands.rotation import add_rotation
 
 
 def add_parsers(commands: Commands) -> None:
@@ -18,3 +19,4 @@ def add_parsers(commands: Commands) -> None:
     add_linear(protocols)
     add_knn(protocols)
     add_reconstruction(protocols)
+    add_rotation(protocols)

@@ -43,16 +43,13 @@ def load_split(arguments: argparse.Namespace, split: str, model: BigBiGAN) -> tu
     return dataset, dataset.decode_all(model.config.preprocess, model.config.image_channels)
 
 
-def make_record(
-    model: BigBiGAN, protocol: dict[str, Any], *, train: ImageDataset, test: ImageDataset, results: Any
-) -> dict[str, Any]:
+def make_record(model: BigBiGAN, protocol: dict[str, Any], *, results: Any, **splits: ImageDataset) -> dict[str, Any]:
     import numpy
     import torch
 
     from bigbigan import __version__
     from bigbigan.evaluation.features import digest
 
-    splits = {"train": train, "test": test}
     digests = {f"{part}_digest": digest(getattr(model, part)) for part in model.parts}
     return {
         "protocol": protocol,

@@ -77,6 +77,12 @@ def _add_train(commands: Commands) -> None:
         help="change a field; dots lead inside, values are JSON or else text: model.encoder.base_channels=48, "
         "augmentation.flip=true. May be repeated",
     )
+    parser.add_argument(
+        "--init",
+        metavar="MODEL",
+        help="start from this model (a folder, a name from `bigbigan list`, or org/name), whose networks replace the "
+        "recipe's; the recipe gives everything else. The first step computes exactly what the model does",
+    )
     parser.add_argument("--max-minutes", type=float, metavar="M", help="checkpoint and stop after so long")
     parser.add_argument(
         "--keep", type=int, default=2, metavar="N", help="newest checkpoints kept (default: %(default)s)"
@@ -93,6 +99,9 @@ def _add_train(commands: Commands) -> None:
         default=30.0,
         metavar="M",
         help="give up when another process does not answer for so long (default: %(default)g)",
+    )
+    parser.add_argument(
+        "--tensorboard", action="store_true", help="also write FOLDER/tensorboard (pip install tensorboard)"
     )
     parser.add_argument(
         "--dry-run",
@@ -210,15 +219,23 @@ def _keys(data: dict[str, Any], prefix: str = "") -> list[str]:
 
 
 def _train(arguments: argparse.Namespace) -> int:
+    from dataclasses import replace
+
     from torch.distributed.elastic.multiprocessing.errors import record
 
+    from bigbigan import hub
     from bigbigan.config import to_dict
     from bigbigan.training.cost import estimate
     from bigbigan.training.distributed import PeerError
     from bigbigan.training.loop import TrainingStopped, train
     from bigbigan.training.sources import open_training_data
 
-    config = apply_settings(_recipe(arguments.recipe), arguments.settings)
+    recipe, init = _recipe(arguments.recipe), None
+    if arguments.init:
+        init = hub.load(arguments.init, parts=None)
+        networks = {part: getattr(init.config, part) for part in init.parts}
+        recipe = replace(recipe, model=replace(recipe.model, preprocess=init.config.preprocess, **networks))
+    config = apply_settings(recipe, arguments.settings)
     if not arguments.dry_run and not (arguments.data and arguments.folder):
         raise ValueError("training needs --data and --run (or --dry-run, to see the configuration alone)")
     if os.environ.get("RANK", "0") == "0":
@@ -242,6 +259,8 @@ def _train(arguments: argparse.Namespace) -> int:
             keep_snapshots=arguments.keep_snapshots,
             workers=arguments.workers,
             timeout_minutes=arguments.timeout_minutes,
+            init=init,
+            tensorboard=arguments.tensorboard,
         )
     except TrainingStopped as stopped:
         print(f"bigbigan train: {stopped}", file=sys.stderr)

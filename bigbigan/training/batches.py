@@ -127,7 +127,7 @@ class Batches:
 
         Raises:
             ValueError: too many images are unreadable.
-            RuntimeError: a worker process died.
+            ChildProcessError: a worker died.
         """
         samples = self._samples(k)
         images = self._uint8(k).to(device).float() / 127.5 - 1

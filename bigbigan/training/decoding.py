@@ -134,7 +134,7 @@ def decode_jobs(decoder: Decoder, jobs: Iterable[Job], workers: int) -> Generato
     SIGINT and SIGTERM to this process, which may want to finish its step first.
 
     Raises:
-        RuntimeError: a worker died.
+        ChildProcessError: a worker died.
     """
     failure: Exception | None = None
 
@@ -166,7 +166,7 @@ def decode_jobs(decoder: Decoder, jobs: Iterable[Job], workers: int) -> Generato
         if not died:
             raise
         hint = "It decodes images; too little memory is the usual cause: try fewer workers"
-        raise RuntimeError(f"a DataLoader worker died ({error}). {hint}") from error
+        raise ChildProcessError(f"a DataLoader worker died ({error}). {hint}") from error
 
 
 def _unchanged(item: Decoded) -> Decoded:

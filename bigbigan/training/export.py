@@ -68,3 +68,4 @@ def standing_statistics(
                 statistics(x(i), encoder(x(i)).z_sample)
                 statistics(generator(z(i)), z(i))
     model.to("cpu")
+    draws.close()

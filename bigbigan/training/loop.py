@@ -18,6 +18,7 @@ from torch import nn
 from tqdm import tqdm
 
 from bigbigan.config import ConfigError, ModelInfo
+from bigbigan.model import BigBiGAN
 from bigbigan.training.batches import Images
 from bigbigan.training.checkpoint import (
     CheckpointError,
@@ -29,12 +30,14 @@ from bigbigan.training.checkpoint import (
 from bigbigan.training.config import TrainConfig
 from bigbigan.training.distributed import Processes, join_processes
 from bigbigan.training.export import inference_model
+from bigbigan.training.finetuning import load_model
 from bigbigan.training.latents import draw_latents
 from bigbigan.training.monitor import Monitor
 from bigbigan.training.runfolder import check_same_run, describe, keep_snapshot, prepare, snapshot_name
 from bigbigan.training.sources import ImageDataset
 from bigbigan.training.step import Batch, TrainingState, train_step
 from bigbigan.training.streaming import ImageStream
+from bigbigan.training.tensorboard import TensorBoard
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +63,8 @@ def train(
     keep_snapshots: bool = False,
     workers: int | None = None,
     timeout_minutes: float = 30.0,
+    init: BigBiGAN | None = None,
+    tensorboard: bool = False,
 ) -> Path:
     """Trains until `config.total_images`, or for `max_minutes`, in the folder `run`; goes on from its checkpoint.
 
@@ -71,9 +76,11 @@ def train(
         keep_snapshots: all of them, not the newest and the best alone.
         workers: processes that decode images, for each training process; None: by the number of cores.
         timeout_minutes: without an answer from another process, after which a process gives up.
+        init: a model that the run starts from; at step 0 its networks compute exactly what this one does.
+        tensorboard: also write `tensorboard/` in the run folder.
 
     Raises:
-        ConfigError: the folder holds a run with another configuration or other data.
+        ConfigError: the folder holds a run with another configuration or other data, or `init` has other networks.
         ValueError: the batch does not split over the processes; too many images are unreadable.
         FloatingPointError: a loss or a weight is not finite; the last checkpoint stands.
         OSError: from the disk; the last checkpoint stands.
@@ -82,8 +89,10 @@ def train(
     """
     deadline = time.monotonic() + 60 * (max_minutes or float("inf"))
     with join_processes(device, timeout_minutes) as processes, contextlib.ExitStack() as stack:
-        state = _Run(config, data, Path(run), processes, keep, keep_snapshots, workers)
+        state = _Run(config, data, Path(run), processes, keep, keep_snapshots, workers, init)
         stack.callback(state.batches.close)
+        if tensorboard and processes.is_main:
+            state.tensorboard = stack.enter_context(TensorBoard(Path(run), state.num_images))
         # The wrappers must not outlive the process group: the last of its owners waits for its thread, and one that
         # holds Python's lock meanwhile, as these do, may wait forever.
         stack.callback(state.training.parallel.clear)
@@ -125,11 +134,13 @@ class _Run:
         keep: int,
         keep_snapshots: bool,
         workers: int | None,
+        init: BigBiGAN | None,
     ):
         check_split(config, processes)
         self.config, self.folder, self.processes, self.keep = config, folder, processes, keep
         self.keep_snapshots = keep_snapshots
-        self.description = describe(config, data)
+        self.description = describe(config, data, init)
+        self.tensorboard: TensorBoard | None = None
         processes.on_main(lambda: prepare(folder, self.description))
         model, augmentation = config.model, config.augmentation
         self.images = Images(data, model.preprocess, model.image_channels, augmentation=augmentation, workers=workers)
@@ -142,7 +153,8 @@ class _Run:
         self.metrics, self.lacks_snapshot = folder / "metrics.jsonl", False
         self.seconds = 0.0
         self.best: dict[str, Any] | None = None
-        self._resume()
+        if not self._resume() and init is not None and (fresh := load_model(self.training, init)):
+            logger.warning("%s has no %s: initialised anew", init.info.name, ", ".join(fresh))
         processes.parallelize(self.training)
         self.tick, self.tick_step = time.monotonic(), self.step
 
@@ -188,6 +200,8 @@ class _Run:
             model = inference_model(self.training, self.images, info)
             scores = self.monitor(model, self.num_images, self.folder / "samples")
             self._write({"num_images": self.num_images, **scores})
+            if self.tensorboard is not None:
+                self.tensorboard.pictures(self.folder / "samples", self.num_images)
             logger.info("snapshot at %d images: %s", self.num_images, json.dumps(scores))
             snapshots = self.folder / "snapshots"
             self.best = keep_snapshot(model, snapshots, scores, self.best, self.step, keep_all=self.keep_snapshots)
@@ -214,7 +228,7 @@ class _Run:
 
         self.processes.on_main(work)
 
-    def _resume(self) -> None:
+    def _resume(self) -> bool:
         checkpoint = load_checkpoint(self.folder / "checkpoints")
         steps = self.processes.gather(checkpoint.step if checkpoint else None)
         if len(set(steps)) > 1:
@@ -223,7 +237,7 @@ class _Run:
             if self.processes.is_main and self.metrics.exists():
                 logger.warning("%s holds no checkpoint: starting from the beginning", self.folder)
                 self.metrics.unlink()
-            return
+            return False
         check_same_run(checkpoint.path, checkpoint.state["run"], self.description)
         for name, network in self._networks().items():
             network.load_state_dict(checkpoint.tensors[name], strict=True)
@@ -247,6 +261,7 @@ class _Run:
         if self.processes.is_main and not done and self.metrics.exists():
             # what was written after the checkpoint comes again
             os.truncate(self.metrics, min(self.metrics.stat().st_size, checkpoint.state["metrics_bytes"]))
+        return True
 
     def _networks(self) -> dict[str, nn.Module]:
         averages = {f"ema_{name}": average.module for name, average in self.training.ema.items()}
@@ -265,6 +280,8 @@ class _Run:
         if self.processes.is_main:
             with open(self.metrics, "a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
+            if self.tensorboard is not None:
+                self.tensorboard.scalars(record)
 
 
 def check_split(config: TrainConfig, processes: Processes) -> None:

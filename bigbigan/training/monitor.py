@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from bigbigan.evaluation.knn import knn_accuracy
 from bigbigan.evaluation.linear_probe import linear_probe
 from bigbigan.grids import enlargement, make_grid, make_pairs, match_size
 from bigbigan.images import save_image
@@ -14,12 +15,12 @@ from bigbigan.model import BigBiGAN
 from bigbigan.training.batches import Images
 from bigbigan.training.config import TrainConfig
 
-GRID_IMAGES, PROBE_BATCH = 32, 256
+GRID_IMAGES, PROBE_BATCH, NEIGHBOURS = 32, 256, 5
 
 
 class Monitor:
-    """Scores a model by a linear probe on labelled training images, with the images it is scored on held out of the
-    probe's training (the networks see all images, never a label)."""
+    """Scores a model on labelled training images by a linear probe and by its nearest neighbours, with the images that
+    are scored held out of what the probe and the neighbours come from (the networks see all images, never a label)."""
 
     def __init__(self, images: Tensor | Images, labels: Tensor, config: TrainConfig):
         self.config = config
@@ -50,6 +51,9 @@ class Monitor:
                     rows[:n], labels[:n], rows[n:], labels[n:], l2_grid=(self.config.probe_l2,), holdout=0
                 )
                 scores[f"linear_{name}"] = round(probe.accuracy, 5)
+                if name == "avepool_feat":
+                    (near,) = knn_accuracy(rows[:n], labels[:n], rows[n:], labels[n:], ks=(min(NEIGHBOURS, n),))
+                    scores[f"knn_{name}"] = round(near.accuracy, 5)
         return scores
 
     def _features(self, model: BigBiGAN, indices: Tensor) -> dict[str, Tensor]:

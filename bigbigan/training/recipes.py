@@ -131,7 +131,7 @@ _PAPER = (
     Source("ema_halflife_images", "decay 0.9999 a step on G and E (paper, appendix A)", "second hand"),
     Source("augmentation", "ResNet crops and flips (released demo), as tensorflow/tpu's resnet_preprocessing", "read"),
     Source("standing_passes", "as BigGAN's standing statistics; the number is not stated for BigBiGAN", "chosen"),
-    Source("reversible", "memory alone; the gradients are the same", "chosen"),
+    Source("reversible", "memory alone: the gradients are the same up to rounding", "chosen"),
 )  # fmt: skip
 _SS_GAN = (
     Source("rotated_batch_size", "google/compare_gan has no default; a quarter of the batch", "chosen"),

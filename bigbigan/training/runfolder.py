@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from bigbigan.config import ConfigError, from_dict, to_dict
+from bigbigan.evaluation.features import digest
 from bigbigan.files import atomic_write, sync
 from bigbigan.model import BigBiGAN
 from bigbigan.training.checkpoint import remove_leftovers
@@ -20,10 +21,13 @@ from bigbigan.training.sources import ImageDataset
 from bigbigan.training.streaming import ImageStream
 
 
-def describe(config: TrainConfig, data: ImageDataset | ImageStream) -> dict[str, Any]:
+def describe(config: TrainConfig, data: ImageDataset | ImageStream, init: BigBiGAN | None = None) -> dict[str, Any]:
     """What makes a run this one and no other, JSON-able."""
     images = len(data) if isinstance(data, ImageDataset) else None
-    return {"train": to_dict(config), "data": {"digest": data.digest, "images": images}}
+    found = {"train": to_dict(config), "data": {"digest": data.digest, "images": images}}
+    if init is not None:
+        found["init"] = {"name": init.info.name, **{part: digest(getattr(init, part)) for part in init.parts}}
+    return found
 
 
 def check_same_run(path: Path, found: Any, wanted: dict[str, Any]) -> None:
