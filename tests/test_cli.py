@@ -209,7 +209,7 @@ def test_errors_are_one_line(tmp_path: Path, folder: str, capsys: pytest.Capture
         (["reconstruct", str(tmp_path / "in"), "-o", str(picture), "--model", folder], "is an input"),
         (["encode", str(picture), "-o", str(tmp_path / "a.npz"), "--model", folder, "--outputs", "z"], "no output 'z'"),
         (["info", "no-such-model"], "no preset"),
-        (["train", "bigbigan-tiny-typo", "--dry-run"], "there is bigbigan-fashion-mnist-32"),
+        (["train", "bigbigan-tiny-typo", "--dry-run"], "there is bigbigan-"),
         (["train", "bigbigan-fashion-mnist-32"], "needs --data and --run"),
         (["export", str(tmp_path), "-o", str(tmp_path / "x")], "is no run folder"),
         (["evaluate", "linear", "--data", str(tmp_path / "in"), "--model", folder], "'test' split"),
