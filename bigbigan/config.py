@@ -34,7 +34,7 @@ def _expected(where: str, value: Any, wanted: Any) -> str:
     return f"{where} is {str(value)[:100]!r}; expected {wanted}"
 
 
-def _check_choices(owner: Any) -> None:
+def check_choices(owner: Any) -> None:
     """Literal fields of a dataclass, which Python itself does not check."""
     for name, hint in typing.get_type_hints(type(owner)).items():
         value = getattr(owner, name)
@@ -69,7 +69,7 @@ class MLPConfig:
     bias: bool = True
 
     def __post_init__(self) -> None:
-        _check_choices(self)
+        check_choices(self)
         _check_range(self, 1, 65536, "width")
         _check_range(self, 2, 64, "layers")
         _require(self.layers % 2 == 0, f"MLPConfig.layers is {self.layers}; residual blocks take two layers each")
@@ -108,7 +108,7 @@ class GeneratorConfig:
     upsample_size: int = 256  # side of `upsampled`
 
     def __post_init__(self) -> None:
-        _check_choices(self)
+        check_choices(self)
         _check_range(self, 1, 4, "image_channels")
         _check_range(self, 1, 1024, "base_channels")
         _check_range(self, 0, 4096, "shared_dim")
@@ -156,7 +156,7 @@ class EncoderConfig:
     spectral_norm: bool = False  # in training; the paper has it in G and D only
 
     def __post_init__(self) -> None:
-        _check_choices(self)
+        check_choices(self)
         _check_range(self, 16, 1024, "resolution")
         _check_range(self, 1, 4, "image_channels")
         _check_range(self, 1, 4096, "base_channels", "z_dim")
@@ -193,7 +193,7 @@ class DiscriminatorConfig:
     rotation_head: bool = False  # SS-GAN: a linear layer on F(x) tells by which of four right angles x is turned
 
     def __post_init__(self) -> None:
-        _check_choices(self)
+        check_choices(self)
         _check_range(self, 1, 4, "image_channels")
         _check_range(self, 1, 1024, "base_channels")
         _check_range(self, 1, 4096, "z_dim")
@@ -228,7 +228,7 @@ class _MLPPart:
     negative_slope: float = 0.2  # of the leaky ReLUs
 
     def __post_init__(self) -> None:
-        _check_choices(self)
+        check_choices(self)
         _check_range(self, 2, 256, "resolution")
         _check_range(self, 1, 4, "image_channels")
         _check_range(self, 1, 4096, "width", "z_dim")
@@ -286,7 +286,7 @@ class PreprocessConfig:
     polarity: Literal["natural", "light-on-dark"] = "natural"  # light-on-dark: trained on bright things on black
 
     def __post_init__(self) -> None:
-        _check_choices(self)
+        check_choices(self)
         _check_range(self, 2, 4096, "size")
         _check_range(self, 0, 256, "pad")
 

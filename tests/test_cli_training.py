@@ -98,6 +98,9 @@ def test_train_then_export(tmp_path: Path, data: Path, capsys: pytest.CaptureFix
     assert main(["export", str(folder), "-o", str(tmp_path / "b"), "--snapshot", "17"]) == 2
     assert "give best, last, or one of" in capsys.readouterr().err
     assert main(["export", str(folder), "-o", str(folder / "snapshots" / snapshots[-1])]) == 2
+    capsys.readouterr()
+    assert main(["export", str(output), "-o", str(tmp_path / "c")]) == 2
+    assert "is not of a run" in capsys.readouterr().err
 
 
 def test_export_takes_the_best_snapshot(tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:

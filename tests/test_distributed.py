@@ -116,4 +116,6 @@ def test_a_batch_that_does_not_split_is_refused() -> None:
         loop.check_split(dataclasses.replace(CONFIG, batch_size=7), pair)
     with pytest.raises(ValueError, match="8 does not split into 16 pieces"):
         loop.check_split(dataclasses.replace(CONFIG, batch_size=8, accumulate=8), pair)
+    with pytest.raises(ValueError, match="batch_size 8 is one image a micro-batch"):
+        loop.check_split(dataclasses.replace(CONFIG, batch_size=8, accumulate=8), Processes())
     assert (pair.share(8), Processes(1, 2).share(8)) == (slice(0, 4), slice(4, 8))

@@ -120,6 +120,30 @@ def test_rotation_needs_its_head_and_a_fitting_batch() -> None:
         dataclasses.replace(SSGAN, rotated_batch_size=12)
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("seed", -1, "must not be negative"),
+        ("rotated_batch_size", -16, "must not be negative"),
+        ("probe_images", -3, "must not be negative"),
+        ("probe_l2", 0.0, "must be positive"),
+        ("objective", "wgan", "expected 'hinge', 'logistic'"),
+        ("precision", "fp16", "expected 'fp32', 'bf16', 'fp64'"),
+        ("accumulate", 3, "batch_size is 8; it is no multiple of accumulate, 3"),
+    ],
+)
+def test_a_value_that_would_fail_late_or_be_taken_for_another_is_refused(
+    field: str, value: object, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        dataclasses.replace(TINY, **{field: value})
+
+
+def test_d_takes_one_step_where_all_are_simultaneous() -> None:
+    with pytest.raises(ConfigError, match="d_steps is 2; it must be 1 if simultaneous"):
+        dataclasses.replace(BIGAN, d_steps=2)
+
+
 # --- BiGAN's step ----------------------------------------------------------------------------------------------------
 
 
@@ -199,6 +223,20 @@ def test_no_averages_export_the_weights_themselves() -> None:
     assert torch.equal(model.encoder.latent.weight, state.encoder.latent.weight)
     norm = model.discriminator.hidden.norm2
     assert not torch.equal(norm.running_var, torch.ones_like(norm.running_var))
+
+
+@pytest.mark.parametrize(("batch_size", "accumulate", "taken"), [(300, 1, 100), (128, 1, 128), (32, 4, 8)])
+def test_standing_statistics_take_as_many_images_in_passes_that_fit_a_device(
+    batch_size: int, accumulate: int, taken: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from bigbigan.training import export
+
+    sizes: list[int] = []
+    monkeypatch.setattr(export.StandingStatistics, "__call__", lambda self, *inputs: sizes.append(len(inputs[0])))
+    config = dataclasses.replace(TINY, batch_size=batch_size, accumulate=accumulate, standing_passes=2)
+    images = torch.zeros(400, 3, 32, 32, dtype=torch.uint8)
+    export.inference_model(TrainingState(config), images)
+    assert set(sizes) == {taken} and sum(sizes) == 2 * 2 * batch_size  # of G and of E
 
 
 def test_half_life_of_a_decay() -> None:

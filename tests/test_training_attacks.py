@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import os
@@ -24,6 +25,7 @@ from bigbigan.training.checkpoint import CheckpointError, load_checkpoint
 from bigbigan.training.config import TrainConfig
 from bigbigan.training.data import open_dataset
 from bigbigan.training.distributed import Processes
+from bigbigan.training.monitor import Monitor
 
 CONFIG = TrainConfig(
     "tiny",
@@ -119,6 +121,18 @@ def test_newest_checkpoints_stay_and_that_of_the_best_snapshot(
     scores(monkeypatch, [0.5, 0.7, 0.9])
     assert steps(train(photos, tmp_path / "last", keep=2)) == [4, 5, 6]  # 4 was the best when 6 was saved
     assert [path.name for path in (tmp_path / "last" / "snapshots").iterdir()] == ["images-0000000024"]
+
+
+def test_a_class_too_rare_to_learn_does_not_end_a_run() -> None:
+    """Of 24 labelled images one class has a single one, which is held out."""
+    config = dataclasses.replace(CONFIG, probe_images=18)
+    order = torch.randperm(24, generator=torch.Generator().manual_seed(config.seed))
+    labels = torch.arange(24) % 2
+    labels[order[20]] = 7
+    images = torch.zeros(24, 3, 32, 32, dtype=torch.uint8)
+    monitor = Monitor(images, labels, config)
+    assert monitor.chosen is not None and len(monitor.chosen) == 18 + 5 and order[20] not in monitor.chosen
+    assert Monitor(images, labels, dataclasses.replace(config, probe_images=1)).chosen is None  # none to score
 
 
 def signal_at(monkeypatch: pytest.MonkeyPatch, step: int, times: int = 1) -> None:
@@ -224,6 +238,17 @@ def test_a_full_disk_ends_with_1_and_says_what_stands(
     assert "No space left on device" in last and f"the last checkpoint in {run} stands" in last
     assert steps(run) == [1, 2]
     assert not list(run.rglob(".*"))
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("keep", 0), ("workers", -1), ("max_minutes", 0.0), ("max_minutes", float("nan"))]
+)
+def test_options_that_would_cost_work_are_refused_before_it(
+    option: str, value: float, photos: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=f"{option} is {value}; it must be"):
+        train(photos, tmp_path / "run", **{option: value})
+    assert not (tmp_path / "run").exists()
 
 
 def test_what_a_kill_left_behind_goes_even_after_the_end(photos: Path, tmp_path: Path) -> None:

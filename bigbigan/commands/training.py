@@ -81,7 +81,7 @@ def _add_train(commands: Commands) -> None:
         "--init",
         metavar="MODEL",
         help="start from this model (a folder, a name from `bigbigan list`, or org/name), whose networks replace the "
-        "recipe's; the recipe gives everything else. The first step computes exactly what the model does",
+        "recipe's; the recipe gives everything else. Before the first step they compute exactly what the model does",
     )
     parser.add_argument("--max-minutes", type=float, metavar="M", help="checkpoint and stop after so long")
     parser.add_argument(
@@ -98,7 +98,8 @@ def _add_train(commands: Commands) -> None:
         type=float,
         default=30.0,
         metavar="M",
-        help="give up when another process does not answer for so long (default: %(default)g)",
+        help="give up when another process does not answer for so long; the first one makes snapshots while the others "
+        "wait (default: %(default)g)",
     )
     parser.add_argument(
         "--tensorboard", action="store_true", help="also write FOLDER/tensorboard (pip install tensorboard)"
@@ -159,7 +160,9 @@ def _recipes(arguments: argparse.Namespace) -> int:
     from bigbigan.training.recipes import RECIPES, sources
 
     if arguments.sources:
-        recipe = _recipe(arguments.recipe or "")
+        if not arguments.recipe:
+            raise ValueError("--sources needs the name of a recipe; `bigbigan recipes` lists them")
+        recipe = _recipe(arguments.recipe)
         values = to_dict(recipe)
         rows = [[s.field, _short(values.get(s.field, "")), s.certainty, s.source] for s in sources(recipe.name)]
         print(columns_text(("FIELD", "VALUE", "CERTAINTY", "SOURCE"), rows))
@@ -238,14 +241,17 @@ def _train(arguments: argparse.Namespace) -> int:
     config = apply_settings(recipe, arguments.settings)
     if not arguments.dry_run and not (arguments.data and arguments.folder):
         raise ValueError("training needs --data and --run (or --dry-run, to see the configuration alone)")
-    if os.environ.get("RANK", "0") == "0":
+    is_main = os.environ.get("RANK", "0") == "0"
+    set_threads(arguments)
+    if is_main:
         print(json.dumps(to_dict(config), indent=2), flush=True)
+    if not arguments.dry_run:  # what is wrong with these should not wait for the estimate
+        device = choose_device(arguments.device)
+        data = open_training_data(arguments.data, split=arguments.split)
+    if is_main:
         logger.info("%s", "\n".join(estimate(config).lines(config)))
     if arguments.dry_run:
         return 0
-    set_threads(arguments)
-    device = choose_device(arguments.device)
-    data = open_training_data(arguments.data, split=arguments.split)
     # Under torchrun the error goes into its last message too.
     run = record(train) if "TORCHELASTIC_ERROR_FILE" in os.environ else train
     try:
@@ -266,7 +272,9 @@ def _train(arguments: argparse.Namespace) -> int:
         print(f"bigbigan train: {stopped}", file=sys.stderr)
         return stopped.exit_code
     except (FloatingPointError, OSError, PeerError) as error:
-        print(f"bigbigan train: {error}; the last checkpoint in {arguments.folder} stands", file=sys.stderr)
+        saved = any(Path(arguments.folder, "checkpoints").glob("step-*"))
+        stands = f"the last checkpoint in {arguments.folder} stands" if saved else "there is no checkpoint yet"
+        print(f"bigbigan train: {error}; {stands}", file=sys.stderr)
         return 1
     return 0
 

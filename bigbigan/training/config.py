@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
-from bigbigan.config import BigBiGANConfig, ConfigError
+from bigbigan.config import BigBiGANConfig, ConfigError, check_choices
 from bigbigan.training.data import AugmentationConfig
 
 
@@ -47,7 +47,7 @@ class TrainConfig:
     compile: bool = False  # torch.compile the networks
     seed: int = 0
     # What is written.
-    standing_passes: int = 100  # batches behind the statistics of an exported model
+    standing_passes: int = 100  # batches, taken in pieces if large, behind the statistics of an exported model
     log_images: int = 10_000
     checkpoint_images: int = 100_000
     snapshot_images: int = 200_000  # picture grids, held-out scores, best model
@@ -55,17 +55,22 @@ class TrainConfig:
     probe_l2: float = 1e-3
 
     def __post_init__(self) -> None:
+        check_choices(self)
         for field in ("total_images", "batch_size", "d_steps", "accumulate", "standing_passes", "log_images"):
             self._require(field, getattr(self, field) >= 1, "must be at least 1")
         for field in ("checkpoint_images", "snapshot_images"):
             self._require(field, getattr(self, field) >= 1, "must be at least 1")
-        for field in ("lr_g", "lr_d", "encoder_lr_multiplier", "adam_eps", "lr_decay"):
+        for field in ("seed", "rotated_batch_size", "probe_images"):
+            self._require(field, getattr(self, field) >= 0, "must not be negative")
+        for field in ("lr_g", "lr_d", "encoder_lr_multiplier", "adam_eps", "lr_decay", "probe_l2"):
             self._require(field, 0 < getattr(self, field) < float("inf"), "must be positive and finite")
         for field in ("ema_halflife_images", "weight_decay", "rotation_weight_d", "rotation_weight_g"):
             self._require(field, 0 <= getattr(self, field) < float("inf"), "must be finite, and not negative")
         for field in ("adam_beta1", "adam_beta2"):
             self._require(field, 0 <= getattr(self, field) < 1, "is outside 0 to 1")
-        self._require("batch_size", self.batch_size % self.accumulate == 0, f"is no multiple of {self.accumulate=}")
+        multiple = self.batch_size % self.accumulate == 0
+        self._require("batch_size", multiple, f"is no multiple of accumulate, {self.accumulate}")
+        self._require("d_steps", self.d_steps == 1 or not self.simultaneous, "must be 1 if simultaneous")
         self._require("lr_decay_images", 0 <= self.lr_decay_images <= self.total_images, "is not within the run")
         discriminator = self.model.discriminator
         if discriminator is None or self.model.generator is None:
@@ -77,8 +82,8 @@ class TrainConfig:
             raise ConfigError("TrainConfig.reversible needs a revnet encoder")
         if self.rotated_batch_size:
             self._require("rotated_batch_size", self.rotated_batch_size % 4 == 0, "is no multiple of 4")
-            self._require("rotated_batch_size", 4 * self.batch_size % self.rotated_batch_size == 0,
-                          f"does not divide 4 * {self.batch_size=}")  # fmt: skip
+            divides = 4 * self.batch_size % self.rotated_batch_size == 0
+            self._require("rotated_batch_size", divides, f"does not divide 4 * batch_size, {4 * self.batch_size}")
             if not getattr(discriminator, "rotation_head", False) or joint:
                 raise ConfigError("rotated_batch_size needs a discriminator with rotation_head and scores ('x',)")
 

@@ -12,6 +12,7 @@ from bigbigan.training.batches import Batches, Images
 from bigbigan.training.latents import draw_latents
 from bigbigan.training.step import TrainingState
 
+MAX_STANDING_BATCH = 128  # G and E of the paper do not take a batch of 2048 on one device, as a snapshot has to
 _STANDING_SEED = 0x57A7  # statistics of one run's snapshots come from the same images and latents
 
 
@@ -20,7 +21,8 @@ def inference_model(state: TrainingState, images: Tensor | Images, info: ModelIn
 
     Args:
         images: training images under evaluation preprocessing, [N, C, S, S] uint8 or read by index, for E's standing
-            statistics; G's come from latents of the prior. Both are taken once weights are final.
+            statistics; G's come from latents of the prior. Both are taken once weights are final, over as many images
+            as `standing_passes` batches hold, none larger at a time than a micro-batch or MAX_STANDING_BATCH.
     """
     config = state.config
     model = BigBiGAN(config.model, info=info)
@@ -28,7 +30,9 @@ def inference_model(state: TrainingState, images: Tensor | Images, info: ModelIn
         source = state.ema[name].module if name in state.ema else network
         weights = {key: value.float().cpu() for key, value in effective_state(source)}
         getattr(model, name).load_state_dict(weights, strict=True)
-    standing_statistics(model, images, config.standing_passes, config.batch_size, state.device)
+    pieces = max(config.accumulate, -(-config.batch_size // MAX_STANDING_BATCH))
+    size = config.batch_size // pieces
+    standing_statistics(model, images, config.standing_passes * pieces, size, state.device)
     return model.eval().requires_grad_(True)
 
 

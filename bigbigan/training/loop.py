@@ -81,13 +81,16 @@ def train(
 
     Raises:
         ConfigError: the folder holds a run with another configuration or other data, or `init` has other networks.
-        ValueError: the batch does not split over the processes; too many images are unreadable.
+        ValueError: an argument is out of range; the batch does not split over the processes; too many images are
+            unreadable.
         FloatingPointError: a loss or a weight is not finite; the last checkpoint stands.
         OSError: from the disk; the last checkpoint stands.
         PeerError: another process failed.
         TrainingStopped: after a signal.
     """
-    deadline = time.monotonic() + 60 * (max_minutes or float("inf"))
+    max_minutes = float("inf") if max_minutes is None else max_minutes
+    _check_options(keep, workers, max_minutes, timeout_minutes)
+    deadline = time.monotonic() + 60 * max_minutes
     with join_processes(device, timeout_minutes) as processes, contextlib.ExitStack() as stack:
         state = _Run(config, data, Path(run), processes, keep, keep_snapshots, workers, init)
         stack.callback(state.batches.close)
@@ -197,11 +200,14 @@ class _Run:
             hours = (self.seconds + time.monotonic() - self.tick) / 3600 * self.processes.world_size
             facts = {"num_images": self.num_images, "hours": round(hours, 2)}
             info = ModelInfo(self.config.name, source="trained with the bigbigan package", provenance=facts)
-            model = inference_model(self.training, self.images, info)
-            scores = self.monitor(model, self.num_images, self.folder / "samples")
+            model, samples = inference_model(self.training, self.images, info), self.folder / "samples"
+            # Large encoders would take hours on the CPU, while the others wait. (mps has no float64, as probes need.)
+            device = self.training.device
+            scores = self.monitor(model.to(device if device.type == "cuda" else "cpu"), self.num_images, samples)
+            model.cpu()
             self._write({"num_images": self.num_images, **scores})
             if self.tensorboard is not None:
-                self.tensorboard.pictures(self.folder / "samples", self.num_images)
+                self.tensorboard.pictures(samples, self.num_images)
             logger.info("snapshot at %d images: %s", self.num_images, json.dumps(scores))
             snapshots = self.folder / "snapshots"
             self.best = keep_snapshot(model, snapshots, scores, self.best, self.step, keep_all=self.keep_snapshots)
@@ -284,8 +290,20 @@ class _Run:
                 self.tensorboard.scalars(record)
 
 
+def _check_options(keep: int, workers: int | None, max_minutes: float, timeout_minutes: float) -> None:
+    """Before any work: `keep` would be refused by the first checkpoint only, and NaN minutes never pass."""
+    for name, value, fits, wanted in (
+        ("keep", keep, keep >= 1, "at least 1"),
+        ("workers", workers, workers is None or workers >= 0, "at least 0"),
+        ("max_minutes", max_minutes, max_minutes > 0, "above 0"),
+        ("timeout_minutes", timeout_minutes, 0 < timeout_minutes < float("inf"), "above 0, and finite"),
+    ):
+        if not fits:
+            raise ValueError(f"{name} is {value}; it must be {wanted}")
+
+
 def check_split(config: TrainConfig, processes: Processes) -> None:
-    """Refuses a batch that processes and micro-batches cannot share evenly.
+    """Refuses a batch that processes and micro-batches cannot share evenly, and one image for batch norm to normalise.
 
     Raises:
         ValueError: names the batch, and by what it has to be divisible.
@@ -297,6 +315,8 @@ def check_split(config: TrainConfig, processes: Processes) -> None:
             f"a batch of {config.batch_size} does not split into {pieces} pieces ({processes.world_size} processes, "
             f"accumulate {config.accumulate}) of multiples of {every}; set batch_size to a multiple of {pieces * every}"
         )
+    if config.batch_size == config.accumulate:
+        raise ValueError(f"batch_size {config.batch_size} is one image a micro-batch; batch norm needs two or more")
 
 
 @contextmanager

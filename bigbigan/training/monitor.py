@@ -28,19 +28,22 @@ class Monitor:
         self.grid = images[order[:GRID_IMAGES].sort().values]
         n, held = config.probe_images, config.probe_images // 3
         labelled = order[labels[order] >= 0]
-        enough = n > 0 and len(labelled) >= n + held and len(labels[labelled].unique()) > 1
-        self.chosen = labelled[: n + held] if enough and config.model.encoder is not None else None
+        known = labels[labelled[:n]].unique()
+        scored = labelled[n : n + held]
+        scored = scored[torch.isin(labels[scored], known)]  # of a rare class there may be none to learn from
+        enough = len(labelled) >= n + held and len(scored) > 0 and len(known) > 1
+        self.chosen = torch.cat([labelled[:n], scored]) if enough and config.model.encoder is not None else None
         self.images, self.labels = images, labels
 
     @torch.no_grad()
     def __call__(self, model: BigBiGAN, num_images: int, folder: Path) -> dict[str, float]:
         """Writes `samples-….png` and, with an encoder, `reconstructions-….png`; returns scores."""
-        samples = model.generate(64, seed=self.config.seed)
+        samples = model.generate(64, seed=self.config.seed).cpu()
         save_image(make_grid(samples, 8, scale=enlargement(samples)), folder / f"samples-{num_images:010d}.png")
         if model.encoder is None:
             return {}
         x = self.grid.float() / 127.5 - 1  # [N, C, S, S]
-        again = model.reconstruct(x)  # [N, C, s, s]
+        again = model.reconstruct(x).cpu()  # [N, C, s, s]
         save_image(make_pairs(x, again), folder / f"reconstructions-{num_images:010d}.png")
         scores = {"pixel_l1": round((again - match_size(x, again)).abs().mean().item(), 5)}
         if self.chosen is not None:

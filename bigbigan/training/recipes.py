@@ -128,7 +128,8 @@ _PAPER = (
     Source("adam_beta2", "BigGAN's, google/compare_gan", "read"),
     Source("adam_eps", "TensorFlow's default", "chosen"),
     Source("initializer", "orthogonal, google/compare_gan and BigGAN's PyTorch code; E's is not stated", "read"),
-    Source("ema_halflife_images", "decay 0.9999 a step on G and E (paper, appendix A)", "second hand"),
+    Source("ema_halflife_images", "decay 0.9999 a step on G and E (paper, appendix A), reached as the run passes 20 "
+           "half-lives: its start is not stated", "second hand"),
     Source("augmentation", "ResNet crops and flips (released demo), as tensorflow/tpu's resnet_preprocessing", "read"),
     Source("standing_passes", "as BigGAN's standing statistics; the number is not stated for BigBiGAN", "chosen"),
     Source("reversible", "memory alone: the gradients are the same up to rounding", "chosen"),

@@ -67,7 +67,13 @@ def read_run_config(run: str | os.PathLike[str]) -> TrainConfig:
     path = Path(run) / "config.json"
     if not path.is_file():
         raise ConfigError(f"{run} is no run folder: it holds no config.json")
-    return from_dict(TrainConfig, json.loads(path.read_text(encoding="utf-8"))["train"], "train")
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{path} is no JSON: {error}") from error
+    if not isinstance(document, dict) or not {"train", "data"} <= document.keys():
+        raise ConfigError(f"{path} is not of a run: it lacks 'train' or 'data'")
+    return from_dict(TrainConfig, document["train"], "train")
 
 
 def _differences(found: Any, wanted: Any, where: str) -> Iterator[str]:

@@ -109,7 +109,8 @@ class ImageDataset:
         """The images of a slice, renumbered from 0."""
         numbers = range(*part.indices(len(self)))
         if not numbers or numbers.step != 1:
-            raise ValueError(f"{part} leaves no images of {len(self)}, or is no plain range")
+            asked = f"[{'' if part.start is None else part.start}:{'' if part.stop is None else part.stop}]"
+            raise ValueError(f"{asked} leaves no images of {len(self)}, or is no plain range")
         start, stop = numbers[0], numbers[-1] + 1
         digest = hashlib.sha256(f"{self.digest}[{start}:{stop}]".encode()).hexdigest()
         fraction, name = self.max_bad / len(self), self._name

@@ -144,6 +144,7 @@ def check_order(calls: list[tuple[str, str]], checkpoints: Path) -> int:
     put = renames[0]
     partial = calls[put][1]
     files = {path for name, path in calls[:put] if name == "open" and path.startswith(f"{partial}/")}
+    assert len(files) > 1, calls[:put]
     for file in files:
         last_write = max(i for i, call in enumerate(calls) if call in (("write", file), ("flush", file)))
         assert last_write < calls.index(("fsync", file)) < calls.index(("fsync", partial)) < put, file
