@@ -318,3 +318,20 @@ def test_best_snapshot_is_kept_beside_the_newest(photos: Path, tmp_path: Path, m
     run = loop.train(dataclasses.replace(TINY, snapshot_images=12), open_dataset(photos), tmp_path / "run")
     assert sorted(path.name for path in (run / "snapshots").iterdir()) == ["images-0000000024", "images-0000000048"]
     assert loop.load_checkpoint(run / "checkpoints").state["best"]["num_images"] == 24
+
+
+def test_settings_can_be_corrected_until_there_is_a_checkpoint(photos: Path, tmp_path: Path) -> None:
+    run, wrong = tmp_path / "run", dataclasses.replace(TINY, total_images=8, lr_g=float(np.float32(1e30)))
+    with pytest.raises(FloatingPointError):
+        loop.train(dataclasses.replace(wrong, checkpoint_images=1000, snapshot_images=1000), open_dataset(photos), run)
+    assert json.loads((run / "config.json").read_text())["train"]["lr_g"] > 1
+    right = dataclasses.replace(TINY, total_images=8)
+    loop.train(right, open_dataset(photos), run)
+    assert json.loads((run / "config.json").read_text())["train"]["lr_g"] == right.lr_g
+    # Without config.json the checkpoint tells what the run is, and another command does not change it.
+    (run / "config.json").unlink()
+    with pytest.raises(ConfigError, match=r"step-.*train\.seed was 0, now 1"):
+        loop.train(dataclasses.replace(right, seed=1), open_dataset(photos), run)
+    assert not (run / "config.json").exists()
+    loop.train(right, open_dataset(photos), run)
+    assert (run / "config.json").exists()

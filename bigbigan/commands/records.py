@@ -23,14 +23,15 @@ ENDING = (
 )
 
 
-def add_data_options(parser: argparse.ArgumentParser) -> None:
+def add_data_options(parser: argparse.ArgumentParser, *, train: bool = True) -> None:
     parser.add_argument("--data", required=True, metavar="PATH", help="labelled training and test images")
-    parser.add_argument(
-        "--train-split",
-        default="train",
-        metavar="SPLIT",
-        help="(default: %(default)s); train[:50000] is its first 50,000 images",
-    )
+    if train:
+        parser.add_argument(
+            "--train-split",
+            default="train",
+            metavar="SPLIT",
+            help="(default: %(default)s); train[:50000] is its first 50,000 images",
+        )
     parser.add_argument("--test-split", default="test", metavar="SPLIT", help="(default: %(default)s)")
     parser.add_argument("--json", metavar="FILE", help="write the record there instead of printing it")
 

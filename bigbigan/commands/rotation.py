@@ -18,7 +18,7 @@ def add_rotation(protocols: Commands) -> None:
         "For SS-GAN: each test image in four orientations; chance is 25 %. Nothing is fitted.\n" + DATA,
         "Example: bigbigan evaluate rotation --model my-ssgan --data data/fashion_mnist\n" + ENDING,
     )
-    add_data_options(parser)
+    add_data_options(parser, train=False)
     parser.add_argument("--batch-size", type=positive, default=256, metavar="N", help="(default: %(default)s)")
     add_model_options(parser)
 

@@ -224,6 +224,7 @@ def _keys(data: dict[str, Any], prefix: str = "") -> list[str]:
 def _train(arguments: argparse.Namespace) -> int:
     from dataclasses import replace
 
+    from torch import OutOfMemoryError
     from torch.distributed.elastic.multiprocessing.errors import record
 
     from bigbigan import hub
@@ -231,7 +232,9 @@ def _train(arguments: argparse.Namespace) -> int:
     from bigbigan.training.cost import estimate
     from bigbigan.training.distributed import PeerError
     from bigbigan.training.loop import TrainingStopped, train
+    from bigbigan.training.runfolder import has_checkpoint
     from bigbigan.training.sources import open_training_data
+    from bigbigan.training.tensorboard import require_tensorboard
 
     recipe, init = _recipe(arguments.recipe), None
     if arguments.init:
@@ -245,6 +248,8 @@ def _train(arguments: argparse.Namespace) -> int:
     set_threads(arguments)
     if is_main:
         print(json.dumps(to_dict(config), indent=2), flush=True)
+    if arguments.tensorboard:
+        require_tensorboard()
     if not arguments.dry_run:  # what is wrong with these should not wait for the estimate
         device = choose_device(arguments.device)
         data = open_training_data(arguments.data, split=arguments.split)
@@ -271,8 +276,10 @@ def _train(arguments: argparse.Namespace) -> int:
     except TrainingStopped as stopped:
         print(f"bigbigan train: {stopped}", file=sys.stderr)
         return stopped.exit_code
-    except (FloatingPointError, OSError, PeerError) as error:
-        saved = any(Path(arguments.folder, "checkpoints").glob("step-*"))
+    except (FloatingPointError, OSError, PeerError, OutOfMemoryError) as error:
+        if isinstance(error, OutOfMemoryError):
+            logger.warning("the device's memory is full: --set accumulate=2 halves what a step takes")
+        saved = has_checkpoint(Path(arguments.folder))
         stands = f"the last checkpoint in {arguments.folder} stands" if saved else "there is no checkpoint yet"
         print(f"bigbigan train: {error}; {stands}", file=sys.stderr)
         return 1

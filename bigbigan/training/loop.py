@@ -33,7 +33,7 @@ from bigbigan.training.export import inference_model
 from bigbigan.training.finetuning import load_model
 from bigbigan.training.latents import draw_latents
 from bigbigan.training.monitor import Monitor
-from bigbigan.training.runfolder import check_same_run, describe, keep_snapshot, prepare, snapshot_name
+from bigbigan.training.runfolder import check_same_run, describe, keep_snapshot, prepare, snapshot_name, write_config
 from bigbigan.training.sources import ImageDataset
 from bigbigan.training.step import Batch, TrainingState, train_step
 from bigbigan.training.streaming import ImageStream
@@ -144,6 +144,8 @@ class _Run:
         self.keep_snapshots = keep_snapshots
         self.description = describe(config, data, init)
         self.tensorboard: TensorBoard | None = None
+        if len(digests := set(processes.gather(data.digest))) > 1:
+            raise ConfigError(f"the processes see different data: their digests are {', '.join(sorted(digests))}")
         processes.on_main(lambda: prepare(folder, self.description))
         model, augmentation = config.model, config.augmentation
         self.images = Images(data, model.preprocess, model.image_channels, augmentation=augmentation, workers=workers)
@@ -158,6 +160,7 @@ class _Run:
         self.best: dict[str, Any] | None = None
         if not self._resume() and init is not None and (fresh := load_model(self.training, init)):
             logger.warning("%s has no %s: initialised anew", init.info.name, ", ".join(fresh))
+        processes.on_main(lambda: write_config(folder, self.description))
         processes.parallelize(self.training)
         self.tick, self.tick_step = time.monotonic(), self.step
 

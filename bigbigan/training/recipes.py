@@ -139,7 +139,7 @@ _SS_GAN = (
     Source("rotation_weight_d", "google/compare_gan, ssgan.py", "read"),
     Source("rotation_weight_g", "google/compare_gan, ssgan.py", "read"),
 )  # fmt: skip
-_BIGAN_SOURCE = "jeffdonahue/bigan, train_mnist.sh and the defaults of train_gan.py"
+_BIGAN_SOURCE = "jeffdonahue/bigan, train_mnist.sh and the defaults of train_gan.py"  # the decay there goes by epochs
 _BIGAN_FIELDS = (
     "model", "total_images", "batch_size", "objective", "simultaneous", "separate_passes", "d_steps", "lr_g", "lr_d",
     "encoder_lr_multiplier", "lr_decay_images", "lr_decay", "weight_decay", "adam_beta1", "adam_beta2", "adam_eps",

@@ -43,23 +43,32 @@ def check_same_run(path: Path, found: Any, wanted: dict[str, Any]) -> None:
 
 
 def prepare(run: Path, wanted: dict[str, Any]) -> None:
-    """Writes the run's description, or compares with the one there and clears away what a killed process left."""
+    """Makes the folders, or compares the description there and clears away what a killed process left."""
     path = run / "config.json"
-    if path.exists():
+    if path.exists() and has_checkpoint(run):  # until there is one, settings can be corrected
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ConfigError(f"{path} is no JSON ({error}); the manifest of a checkpoint has it too") from error
         check_same_run(path, found, wanted)
-        remove_leftovers(run / "checkpoints")
-        for leftover in [*run.glob(".*.tmp"), *run.glob("*/.*.tmp")]:
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-        return
     for name in ("checkpoints", "samples", "snapshots"):
         (run / name).mkdir(parents=True, exist_ok=True)
     sync(run.parent)
-    with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
+    remove_leftovers(run / "checkpoints")
+    for leftover in [*run.glob(".*.tmp"), *run.glob("*/.*.tmp")]:
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+
+
+def write_config(run: Path, description: dict[str, Any]) -> None:
+    """Writes `config.json`, once a checkpoint, if there is any, has proved to be of this run."""
+    path, text = run / "config.json", json.dumps(description, indent=2) + "\n"
+    if not path.exists() or path.read_text(encoding="utf-8") != text:
+        with atomic_write(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+
+
+def has_checkpoint(run: Path) -> bool:
+    return any(run.glob("checkpoints/step-*"))
 
 
 def read_run_config(run: str | os.PathLike[str]) -> TrainConfig:

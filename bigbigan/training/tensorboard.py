@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import numpy as np
 from PIL import Image
+
+
+def require_tensorboard() -> None:
+    """
+    Raises:
+        ImportError: tensorboard is not installed.
+    """
+    if importlib.util.find_spec("tensorboard") is None:
+        raise ImportError("--tensorboard needs TensorBoard; install it: pip install tensorboard")
 
 
 class TensorBoard:
@@ -18,10 +28,9 @@ class TensorBoard:
     """
 
     def __init__(self, run: Path, num_images: int):
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise ImportError("--tensorboard needs TensorBoard; install it: pip install tensorboard") from error
+        require_tensorboard()
+        from torch.utils.tensorboard import SummaryWriter
+
         self.writer = SummaryWriter(str(run / "tensorboard"), purge_step=num_images)
 
     def scalars(self, record: dict[str, Any]) -> None:
