@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bigbigan.commands.generation import add_generation
 from bigbigan.commands.options import Commands, help_formatter
 from bigbigan.commands.probes import add_knn, add_linear
 from bigbigan.commands.reconstruction import add_reconstruction
@@ -18,3 +19,4 @@ def add_parsers(commands: Commands) -> None:
     add_linear(protocols)
     add_knn(protocols)
     add_reconstruction(protocols)
+    add_generation(protocols)
