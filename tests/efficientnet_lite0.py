@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bigbigan.evaluation.feature_networks import FeatureNetwork, resize, to_channels, weights_digest
+from bigbigan.evaluation.feature_networks import FeatureNetwork, resize, to_channels
+from bigbigan.evaluation.features import weights_digest
 
 
 def network() -> FeatureNetwork:
@@ -28,4 +29,4 @@ def network() -> FeatureNetwork:
         return features, net._fc(features)
 
     reads = "grey repeated to RGB, bicubic resize with antialiasing to 224 pixels, (v - 127) / 128"
-    return FeatureNetwork("efficientnet-lite0", weights_digest(net), reads, forward)
+    return FeatureNetwork("efficientnet-lite0", weights_digest(net, reads), reads, forward)

@@ -6,6 +6,7 @@ from bigbigan.commands.generation import add_generation
 from bigbigan.commands.options import Commands, help_formatter
 from bigbigan.commands.probes import add_knn, add_linear
 from bigbigan.commands.reconstruction import add_reconstruction
+from bigbigan.commands.retrieval import add_retrieval
 
 
 def add_parsers(commands: Commands) -> None:
@@ -20,3 +21,4 @@ def add_parsers(commands: Commands) -> None:
     add_knn(protocols)
     add_reconstruction(protocols)
     add_generation(protocols)
+    add_retrieval(protocols)

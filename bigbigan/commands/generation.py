@@ -136,7 +136,7 @@ def _origin(arguments: argparse.Namespace, model: BigBiGAN | None, samples: Imag
     return {
         "samples": (model and model.info.name) or "model",
         "truncation": "none" if truncation is None else f"{truncation:g}, {mode}",
-        "weights": "as in the model folder: EMA, standing statistics",
+        "weights": "EMA, standing statistics",  # what model folders hold
     }
 
 

@@ -178,3 +178,46 @@ def _files(path: str) -> _Stored:
         return images.permute(0, 2, 3, 1).numpy()
 
     return _Stored(len(dataset), channels, side, dataset.digest, at)
+
+
+def row_names(data: str, split: str, dataset: ImageDataset) -> list[str]:
+    """What each image of a split is called without its suffix: its path in the split's folder, or 000000, 000001, …"""
+    if not isinstance(dataset.sources[0], Path):
+        return [f"{index:06d}" for index in range(len(dataset))]
+    folder = Path(data) / split.partition("[")[0]
+    root = folder if folder.is_dir() else Path(data)
+    paths = (Path(dataset.name(index)) for index in range(len(dataset)))
+    return [path.relative_to(root).with_suffix("").as_posix() for path in paths]
+
+
+def named_images(folder: Path, names: list[str]) -> Tensor:
+    """uint8 [N, C, S, S] of the pictures in a folder that have these names, apart from their suffix.
+
+    Raises:
+        ValueError: one is missing or there twice, or not a square of the first one's size.
+    """
+    import numpy as np
+    import torch
+
+    from bigbigan.images import list_images, read_image
+
+    found: dict[str, Path] = {}
+    for path in list_images(folder):
+        name = path.relative_to(folder).with_suffix("").as_posix()
+        if name in found:
+            raise ValueError(f"{found[name]} and {path} have the same name; leave one of them")
+        found[name] = path
+    if missing := [name for name in names if name not in found]:
+        raise ValueError(
+            f"{folder} lacks {len(missing)} of {len(names)} pictures, such as {missing[0]}.png; "
+            f"it holds {len(found)}, such as {next(iter(found.values()))}"
+        )
+    first = read_image(found[names[0]])
+    images = np.empty((len(names), *first.size, len(first.getbands())), np.uint8)
+    for row, name in zip(images, names, strict=True):
+        picture = read_image(found[name])
+        if picture.size != (first.width, first.width):
+            size = f"{picture.width} x {picture.height}"
+            raise ValueError(f"{found[name]}: {size} pixels; squares of one size, here {first.width}, are needed")
+        row[:] = np.asarray(picture.convert(first.mode)).reshape(row.shape)
+    return torch.from_numpy(images).permute(0, 3, 1, 2)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from bigbigan.evaluation.features import digest
+from bigbigan.evaluation.features import digest, weights_digest
 from bigbigan.model import BigBiGAN
 
 INCEPTION = "inception-v3-compat"  # torch-fidelity's name for the network that FID, KID and IS are defined by
@@ -22,7 +21,7 @@ class FeatureNetwork:
 
     Attributes:
         name: part of the name of every figure measured with it.
-        digest: sha256 of its weights; statistics of one network are refused by another.
+        digest: sha256 of its weights and of `reads`; statistics of one network are refused by another.
         reads: how images of any size become its input, for the record.
         forward: uint8 images [N, C, S, S], C of 1 or 3, to features [N, D] and logits [N, K], or None without.
     """
@@ -74,7 +73,8 @@ def inception_network(device: str = "cpu") -> FeatureNetwork:
         features, logits = network(to_channels(images, 3).to(device))
         return features, logits
 
-    return FeatureNetwork(INCEPTION, weights_digest(network), "TensorFlow's bilinear resize to 299 pixels", forward)
+    reads = "grey repeated to RGB, TensorFlow's bilinear resize to 299 pixels"
+    return FeatureNetwork(INCEPTION, weights_digest(network, reads), reads, forward)
 
 
 def encoder_network(model: BigBiGAN) -> FeatureNetwork:
@@ -106,12 +106,3 @@ def resize(images: Tensor, side: int, mode: str = "bilinear") -> Tensor:
     if images.shape[2:] == (side, side):
         return images
     return F.interpolate(images, (side, side), mode=mode, align_corners=False, antialias=True)
-
-
-def weights_digest(network: nn.Module) -> str:
-    """sha256 over names, types, shapes and values of the weights."""
-    sha256 = hashlib.sha256()
-    for name, tensor in sorted(network.state_dict().items()):
-        sha256.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        sha256.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return sha256.hexdigest()
