@@ -135,7 +135,7 @@ def test_sigterm_writes_a_checkpoint_and_exits_143(tmp_path: Path, data: Path) -
 def test_evaluate_linear(
     tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("bigbigan.commands.probes.STANDING_PASSES", 5)
+    monkeypatch.setattr("bigbigan.commands.comparison.STANDING_PASSES", 5)
     folder = str(tmp_path / "tiny")
     create_model("bigbigan-tiny", seed=7).save(folder)
     record = tmp_path / "record.json"

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from bigbigan.evaluation.rows import Rows
+
 logger = logging.getLogger(__name__)
 
 # Rows a step of the objective: a chunk is still in cache when its gradient reads it again.
@@ -31,9 +33,9 @@ class LinearProbeResult:
 
 
 def linear_probe(
-    train_x: Tensor,
+    train_x: Rows,
     train_y: Tensor,
-    test_x: Tensor,
+    test_x: Rows,
     test_y: Tensor,
     *,
     l2_grid: Sequence[float] = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5),
@@ -60,20 +62,18 @@ def linear_probe(
     train_x, test_x = _features(train_x, "train_x"), _features(test_x, "test_x")
     if train_x.shape[1] != test_x.shape[1]:
         raise ValueError(f"train_x has {train_x.shape[1]} features a row, test_x has {test_x.shape[1]}")
-    train_y, test_y = (_labels(y, x, name) for y, x, name in ((train_y, train_x, "train"), (test_y, test_x, "test")))
-    classes, train_y = train_y.unique(return_inverse=True)
-    if len(classes) < 2:
-        raise ValueError(f"train_y holds the one label {classes.item()}; a probe needs two classes or more")
-    unseen = test_y[~torch.isin(test_y, classes)].unique().tolist()
-    if unseen:
-        raise ValueError(f"test_y has labels that train_y lacks: {unseen[:10]}")
-    test_y = torch.searchsorted(classes, test_y)
+    for name, y, x in (("train", train_y, train_x), ("test", test_y, test_x)):
+        if y.is_floating_point() or y.shape != x.shape[:1]:
+            raise ValueError(
+                f"{name}_y is {y.dtype} of shape {tuple(y.shape)}; expected integers [{len(x)}], one a row of {name}_x"
+            )
+    classes, train_y, test_y = class_indices(train_y.to(train_x.device), test_y.to(test_x.device))
 
     grid = sorted({float(l2) for l2 in l2_grid}, reverse=True)
     if not grid or not all(0 < l2 < float("inf") for l2 in grid):
         raise ValueError(f"l2_grid is {tuple(l2_grid)}; give one or more positive numbers")
-    if len(grid) > 1 and not 0 < holdout < len(train_x):
-        raise ValueError(f"holdout is {holdout}; of {len(train_x)} training rows, hold out 1 to {len(train_x) - 1}")
+    if len(grid) > 1:
+        check_holdout(holdout, len(train_x))
 
     best, start, scores = grid[0], None, {}
     with tqdm(total=len(grid) + 1, desc="linear probe", unit="fit", disable=None if progress else True) as bar:
@@ -206,7 +206,8 @@ def _standardize(fit: Tensor, other: Tensor, *, scale: bool) -> tuple[Tensor, Te
     return centred.mul_(factor), other.mul_(factor)
 
 
-def _features(x: Tensor, name: str) -> Tensor:
+def _features(x: Rows, name: str) -> Tensor:
+    x = x[:]  # stored rows are read once: every step of the fit needs them all
     if x.ndim != 2 or 0 in x.shape:
         raise ValueError(f"{name} has shape {tuple(x.shape)}; expected [N, D], neither of them 0")
     x = x.detach().to(torch.float64 if x.dtype == torch.float64 else torch.float32)
@@ -217,13 +218,46 @@ def _features(x: Tensor, name: str) -> Tensor:
     return x
 
 
-def _labels(y: Tensor, x: Tensor, name: str) -> Tensor:
-    if y.is_floating_point() or y.shape != x.shape[:1]:
-        raise ValueError(
-            f"{name}_y is {y.dtype} of shape {tuple(y.shape)}; expected integers [{len(x)}], one a row of {name}_x"
-        )
-    y = y.long().to(x.device)
-    negative = int((y < 0).sum())
-    if negative:
-        raise ValueError(f"{name}_y has {negative} negative labels (unlabelled rows?): leave those rows out")
-    return y
+def class_indices(train_y: Tensor, test_y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The labels that occur in training, ascending, and training and test labels as indices into them.
+
+    Raises:
+        ValueError: negative labels, one class alone, or test labels that training lacks.
+    """
+    for name, y in (("train", train_y), ("test", test_y)):
+        if negative := int((y < 0).sum()):
+            raise ValueError(f"{name}_y has {negative} negative labels (unlabelled rows?): leave those rows out")
+    classes, indices = train_y.long().unique(return_inverse=True)
+    if len(classes) < 2:
+        raise ValueError(f"train_y holds the one label {classes.item()}; a probe needs two classes or more")
+    unseen = test_y[~torch.isin(test_y, classes.to(test_y.device))].unique().tolist()
+    if unseen:
+        raise ValueError(f"test_y has labels that train_y lacks: {unseen[:10]}")
+    return classes, indices, torch.searchsorted(classes.to(test_y.device), test_y.long())
+
+
+def check_holdout(holdout: int, number: int) -> None:
+    if not 0 < holdout < number:
+        raise ValueError(f"holdout is {holdout}; of {number} training rows, hold out 1 to {number - 1}")
+
+
+def labelled_subset(labels: Tensor, fraction: float, *, seed: int = 0) -> Tensor:
+    """Numbers, ascending, of a share of the rows drawn at random from each class: rounded, and at least one a class.
+
+    A smaller share of the same seed is part of a larger one.
+
+    Args:
+        labels: integers [N], not negative.
+
+    Raises:
+        ValueError: `fraction` is not above 0 and at most 1.
+    """
+    if not 0 < fraction <= 1:
+        raise ValueError(f"a share of labels is {fraction}; give numbers above 0, at most 1 (0.01 for one percent)")
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    shuffled = labels.cpu()[order]
+    chosen = []
+    for label in labels.unique().tolist():
+        rows = order[shuffled == label]
+        chosen.append(rows[: max(1, round(fraction * len(rows)))])
+    return torch.cat(chosen).sort().values
