@@ -197,6 +197,8 @@ def _reference(arguments: argparse.Namespace, samples: ImageSet, model: BigBiGAN
 
 def _check_number(what: str, number: int, arguments: argparse.Namespace) -> None:
     """Before hours of work what would end in an error after them."""
+    from bigbigan.evaluation.generation import check_splits
+
     if number < 2:
         raise ValueError(f"{number} of {what} has no covariance; give at least 2")
     if arguments.kid_subsets > 0 and not arguments.statistics and number < arguments.kid_subset_size:
@@ -204,8 +206,8 @@ def _check_number(what: str, number: int, arguments: argparse.Namespace) -> None
             f"the kernel distance takes subsets of {arguments.kid_subset_size}, and there are {number} {what}; "
             "lower --kid-subset-size, or leave it out with --kid-subsets 0"
         )
-    if what == "samples" and not arguments.network.startswith("model:") and number < 2 * arguments.splits:
-        raise ValueError(f"{number} samples are too few for {arguments.splits} --splits; give fewer")
+    if what == "samples" and not arguments.network.startswith("model:"):  # which has no classes
+        check_splits(number, arguments.splits)
 
 
 def _figures(

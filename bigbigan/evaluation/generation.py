@@ -244,13 +244,21 @@ def classifier_score(logits: Tensor, *, splits: int = 10, seed: int = 0) -> tupl
         ValueError: the logits do not split into so many parts of nearly one size.
         ImportError: no torchmetrics.
     """
-    if splits < 1 or len(logits) < 2 * splits or len(logits.chunk(splits)) != splits:
-        raise ValueError(f"{len(logits)} samples do not split into {splits} parts; choose fewer splits")
+    check_splits(len(logits), splits)
     metric = _metric("inception", "InceptionScore", logits.shape[1], splits=splits)
     metric.update(logits.double())
     with _seeded(seed):
         mean, deviation = metric.compute()
     return float(mean), None if splits == 1 else float(deviation)
+
+
+def check_splits(count: int, splits: int) -> None:
+    """
+    Raises:
+        ValueError: `torch.chunk` would not make so many parts, or some of one sample.
+    """
+    if splits < 1 or count < 2 * splits or -(-count // -(-count // splits)) != splits:
+        raise ValueError(f"{count} samples do not split into {splits} parts; choose fewer splits")
 
 
 class _Given(nn.Identity):

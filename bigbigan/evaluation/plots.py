@@ -34,10 +34,10 @@ def draw_group(group: Group, path: Path) -> bool:
     scale = 100 if figure in PERCENT else 1
     title = PERCENT.get(figure, figure if " " in figure else figure.replace("_", " "))
     for swept in SWEPT:
-        if len({row.get(swept) for _, row in rows}) > 1 and all(row.get(swept) is not None for _, row in rows):
-            series: dict[str, list[tuple[float, float]]] = {}
+        if len({row[swept] for _, row in rows if row.get(swept) is not None}) > 1:
+            series: dict[str, list[tuple[float | None, float]]] = {}
             for label, row in rows:
-                series.setdefault(label, []).append((row[swept], scale * row[figure]))
+                series.setdefault(label, []).append((row.get(swept), scale * row[figure]))
             _draw_lines(path, title, swept.replace("_", " "), series)
             return True
     _draw_bars(path, title, [label for label, _ in rows], [scale * row[figure] for _, row in rows])
@@ -78,13 +78,18 @@ def _draw_bars(path: Path, title: str, labels: Sequence[str], values: Sequence[f
     _save(figure, path)
 
 
-def _draw_lines(path: Path, title: str, swept: str, series: Mapping[str, Sequence[tuple[float, float]]]) -> None:
+def _draw_lines(path: Path, title: str, swept: str, series: Mapping[str, Sequence[tuple[float | None, float]]]) -> None:
+    """What has no x is a level line."""
     figure = _figure(8, 4.5)
     axes = figure.subplots()
-    for label, points in series.items():
-        x, y = zip(*sorted(points), strict=True)
-        axes.plot(x, y, marker="o", label=label)
-    ticks = sorted({x for points in series.values() for x, _ in points})
+    for number, (label, points) in enumerate(series.items()):
+        style: dict[str, Any] = {"color": f"C{number % 10}", "label": label}
+        along = sorted((x, y) for x, y in points if x is not None)
+        if along:
+            axes.plot(*zip(*along, strict=True), marker="o", **style)
+        else:
+            axes.axhline(points[0][1], linestyle="--", **style)
+    ticks = sorted({x for points in series.values() for x, _ in points if x is not None})
     if ticks[0] > 0 and ticks[-1] / ticks[0] >= 8:
         axes.set_xscale("log")
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
