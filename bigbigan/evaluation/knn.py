@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from bigbigan.evaluation.rows import Rows, chunks
+from bigbigan.evaluation.rows import Rows, column_mean
 
 METRICS = ("l2", "cosine")
 CHUNK = 4096  # rows of either side at a time
-SPARE = 32  # candidates beyond k
-PIECE = 1 << 23  # float64 values of candidates at a time
+SPARE = 16  # candidates beyond k
+PIECE = 1 << 20  # float64 values of candidates at a time
 
 
 @dataclass(frozen=True)
@@ -88,28 +88,33 @@ def nearest(
     center: Tensor | float = 0.0
     if metric == "l2":
         # Keeps |a|^2 + |b|^2 - 2 a.b from cancelling; of few bits, so that equal distances of plain numbers stay equal.
-        center = torch.stack([chunk.double().sum(0) for chunk in chunks(rows)]).sum(0).to(device) / len(rows)
-        center = center.bfloat16().double()
+        center = column_mean(rows).bfloat16().double().to(device)
     prepare = partial(_prepared, center=center, metric=metric, device=device)
-    plain = partial(_prepared, center=0.0, metric=metric, device=device)
     width, found = min(k + SPARE, len(rows)), []
     starts = range(0, len(queries), CHUNK)
     for start in tqdm(starts, "neighbours", unit="chunk", disable=None if progress else True):
-        a = prepare(queries[start : start + CHUNK])
-        bound, index = _candidates(a, rows, prepare, width, torch.float32)
-        query = plain(queries[start : start + CHUNK])
-        distance, index = _ranked(query, rows, plain, index)
-        unproven = ~(distance[:, k - 1] < bound) if width < len(rows) else torch.zeros(len(a), dtype=torch.bool)
+        a, size = prepare(queries[start : start + CHUNK])
+        bound, index = _candidates(a, size, rows, prepare, width, torch.float32)
+        query = queries[start : start + CHUNK].to(device)
+        distance, index = _ranked(query, rows, index, metric)
+        unproven = (
+            ~(distance[:, k - 1].square() < bound) if width < len(rows) else torch.zeros_like(bound, dtype=torch.bool)
+        )
         if unproven.any():
-            _, candidates = _candidates(a[unproven], rows, prepare, width, torch.float64)
-            distance[unproven], index[unproven] = _ranked(query[unproven], rows, plain, candidates)
-        distance = distance[:, :k].sqrt() if metric == "l2" else distance[:, :k] / 2
+            _, candidates = _candidates(a[unproven], size[unproven], rows, prepare, width, torch.float64)
+            distance[unproven], index[unproven] = _ranked(query[unproven], rows, candidates, metric)
+        distance = distance[:, :k] if metric == "l2" else distance[:, :k].square() / 2
         found.append((distance.cpu(), index[:, :k].cpu()))
     return torch.cat([distance for distance, _ in found]), torch.cat([index for _, index in found])
 
 
 def _candidates(
-    a: Tensor, rows: Rows, prepare: Callable[[Tensor], Tensor], width: int, dtype: torch.dtype
+    a: Tensor,
+    size: Tensor,
+    rows: Rows,
+    prepare: Callable[[Tensor], tuple[Tensor, Tensor]],
+    width: int,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """[m], a lower bound of the squared distance of all other rows, and [m, width], the rows of the lowest bounds.
 
@@ -120,15 +125,14 @@ def _candidates(
     """
     n, u = a.shape[1] + 8, torch.finfo(dtype).eps / 2
     shrink, underflow = (1 - n * u / (1 - n * u), 1e-30) if dtype == torch.float32 else (1.0, 0.0)
-    narrow, size = a.to(dtype), a.square().sum(1, keepdim=True)
+    narrow = a.to(dtype)
     # Beyond that range, and where torch may multiply in less than float32, the bound would not hold: nothing is proven.
     sound = torch.get_float32_matmul_precision() == "highest" and bool((size < 1e30).all())
     best: tuple[Tensor, Tensor] | None = None
     for start in range(0, len(rows), CHUNK):
-        b = prepare(rows[start : start + CHUNK])
-        squares = b.square().sum(1)
+        b, squares = prepare(rows[start : start + CHUNK])
         sound = sound and bool((squares < 1e30).all())
-        bound = (shrink * (size + squares) - underflow).to(dtype).addmm_(narrow, b.to(dtype).T, alpha=-2)
+        bound = (shrink * (size[:, None] + squares) - underflow).to(dtype).addmm_(narrow, b.to(dtype).T, alpha=-2)
         index = torch.arange(start, start + len(b), device=a.device).expand(len(a), -1)
         if best is not None:
             bound, index = torch.cat([best[0], bound], 1), torch.cat([best[1], index], 1)
@@ -142,25 +146,31 @@ def _candidates(
     return last if sound else torch.full_like(last, -torch.inf), best[1]
 
 
-def _ranked(a: Tensor, rows: Rows, prepare: Callable[[Tensor], Tensor], index: Tensor) -> tuple[Tensor, Tensor]:
-    """Squared distances [m, width] to the rows of `index` [m, width], and these, by distance and then by index."""
+def _ranked(queries: Tensor, rows: Rows, index: Tensor, metric: str) -> tuple[Tensor, Tensor]:
+    """Distances [m, width] to the rows of `index` [m, width], and these, by distance and then by index.
+
+    By differences, of rows that are not centred: where rows are equal, so are their distances.
+    """
     index = index.sort(1).values
-    piece = max(1, PIECE // (index.shape[1] * a.shape[1]))
+    piece = max(1, PIECE // (index.shape[1] * queries.shape[1]))
     distances = []
-    for some, wanted in zip(a.split(piece), index.split(piece), strict=True):
-        near = prepare(rows[wanted.flatten()]).view(*wanted.shape, -1)
-        distances.append((near - some[:, None]).square().sum(2))
+    for some, wanted in zip(queries.double().split(piece), index.split(piece), strict=True):
+        near = rows[wanted.flatten()].to(queries.device).double().view(*wanted.shape, -1)
+        if metric == "cosine":
+            near, some = near / near.norm(dim=2, keepdim=True), some / some.norm(dim=1, keepdim=True)
+        distances.append(torch.linalg.vector_norm(near.sub_(some[:, None]), dim=2))
     distance, order = torch.cat(distances).sort(dim=1, stable=True)
     return distance, index.gather(1, order)
 
 
-def _prepared(x: Tensor, *, center: Tensor | float, metric: str, device: str | torch.device) -> Tensor:
+def _prepared(x: Tensor, *, center: Tensor | float, metric: str, device: str | torch.device) -> tuple[Tensor, Tensor]:
+    """Centred or normalised rows, and their squared lengths, in float64."""
     x = x.to(device).double() - center
-    if not torch.isfinite(x).all():
+    squares = x.square().sum(1)
+    if not squares.isfinite().all():
         raise ValueError("features hold NaN or infinite values")
     if metric == "l2":
-        return x
-    norms = x.norm(dim=1, keepdim=True)
-    if (norms == 0).any():
+        return x, squares
+    if (squares == 0).any():
         raise ValueError("a row of zeros has no angle; use the metric l2")
-    return x / norms
+    return x.div_(squares.sqrt()[:, None]), torch.ones_like(squares)

@@ -67,8 +67,16 @@ def select(rows: Rows, index: Tensor) -> Rows:
     return rows.select(index) if isinstance(rows, StoredRows) else rows[index]
 
 
-def chunks(rows: Rows, size: int = CHUNK) -> Iterator[Tensor]:
-    return (rows[start : start + size] for start in range(0, len(rows), size))
+def chunks(rows: Rows) -> Iterator[Tensor]:
+    return (rows[start : start + CHUNK] for start in range(0, len(rows), CHUNK))
+
+
+def column_mean(rows: Rows, function: Callable[[Tensor], Tensor] = lambda chunk: chunk) -> Tensor:
+    """[D] float64, the mean of `function` of float64 rows."""
+    total = torch.zeros(rows.shape[1], dtype=torch.float64)
+    for chunk in chunks(rows):
+        total += function(chunk.cpu().double()).sum(0)
+    return total / len(rows)
 
 
 def check_finite(rows: Rows, name: str) -> None:
@@ -76,11 +84,13 @@ def check_finite(rows: Rows, name: str) -> None:
     Raises:
         ValueError: NaN or infinity; it names the first row.
     """
-    for number, chunk in enumerate(chunks(rows)):
+    done = 0
+    for chunk in chunks(rows):
         bad = ~chunk.isfinite().all(1)
         if bad.any():
-            row = number * CHUNK + int(bad.nonzero()[0])
+            row = done + int(bad.nonzero()[0])
             raise ValueError(f"{name}: row {row} (from 0) holds NaN or infinity; compute it again or leave it out")
+        done += len(chunk)
 
 
 def bn_crelu(train: Rows, *others: Rows, eps: float = 1e-5) -> tuple[Rows, ...]:
@@ -96,7 +106,7 @@ def fit_bn_crelu(train: Rows, *, eps: float = 1e-5) -> Callable[[Tensor], Tensor
     """The function that `bn_crelu` applies, [N, D] to [N, 2 D]."""
     if not len(train):
         raise ValueError("no training rows to take the statistics of batch norm from")
-    mean = torch.stack([chunk.double().sum(0) for chunk in chunks(train)]).sum(0) / len(train)
-    variance = torch.stack([(chunk.double() - mean).square().sum(0) for chunk in chunks(train)]).sum(0) / len(train)
+    mean = column_mean(train)
+    variance = column_mean(train, lambda chunk: (chunk - mean).square())
     factor = 1 / (variance + eps).sqrt()
     return lambda rows: crelu(((rows.double() - mean) * factor).float())

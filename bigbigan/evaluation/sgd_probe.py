@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bigbigan.evaluation.linear_probe import check_holdout, class_indices
-from bigbigan.evaluation.rows import CHUNK, Rows, chunks, select
+from bigbigan.evaluation.rows import Rows, chunks, select
 
 logger = logging.getLogger(__name__)
 
@@ -139,7 +139,9 @@ class StackedClassifiers:
     def top_k(self, x: Rows, y: Tensor, k: int) -> list[float]:
         """Of each classifier's averaged weights, the share of rows whose label is among its k largest logits."""
         right = torch.zeros(len(self.lrs), dtype=torch.long)
-        for rows, target in zip(chunks(x), y.split(CHUNK), strict=True):
+        done = 0
+        for rows in chunks(x):
+            target, done = y[done : done + len(rows)], done + len(rows)
             wide = rows.to(self.weight).expand(len(self.lrs), -1, -1)
             found = torch.baddbmm(self.average[1][:, None], wide, self.average[0]).topk(k, dim=2).indices.cpu()
             right += (found == target[None, :, None]).any(2).sum(1)
