@@ -17,6 +17,7 @@ from PIL import Image
 from bigbigan import create_model, load
 from bigbigan.cli import main
 from bigbigan.config import PreprocessConfig
+from bigbigan.evaluation import train_classifier
 from bigbigan.presets import get_preset
 
 NETWORK = """
@@ -68,15 +69,19 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
 GENERATION = ("--kid-subset-size", 10, "--splits", 2, "--batch-size", 7)
 
 
-def test_samples_score_the_same_wherever_they_are(tmp_path: Path, data: Path, tiny: str) -> None:
+def test_samples_score_the_same_wherever_they_are(tmp_path: Path, data: Path) -> None:
     """Drawn by the model, in a folder of PNGs, and as an array; reference as images and as statistics."""
+    model = tmp_path / "padded"
+    create_model(
+        dataclasses.replace(get_preset("bigbigan-tiny").config, preprocess=PreprocessConfig(28, pad=2)), seed=7
+    ).save(model)
     options = ("--network", f"{data}/network.py:network", *GENERATION)
     statistics = tmp_path / "train.safetensors"
     drawn = measure(
         tmp_path,
         "generation",
         "--model",
-        tiny,
+        model,
         "-n",
         20,
         "--seed",
@@ -90,15 +95,16 @@ def test_samples_score_the_same_wherever_they_are(tmp_path: Path, data: Path, ti
     (row,) = drawn["results"]
     frechet, kernel, score = (f"{name} (rows)" for name in ("Fréchet distance", "Kernel distance", "Classifier score"))
     assert row[frechet] > 0.1 and row[kernel] > 0 and row[score] >= 1 and row[f"{kernel}, std"] > 0
-    assert (row["samples"], row["truncation"], row["num_samples"]) == ("bigbigan-tiny", "none", 20)
-    assert drawn["protocol"]["reference"]["split"] == "train" and drawn["data"]["reference"]["images"] == 60
+    assert (row["samples"], row["truncation"], row["num_samples"]) == ("model", "none", 20)
+    assert drawn["protocol"]["reference"]["split"] == "train" and drawn["protocol"]["reference"]["pad"] == 2
+    assert drawn["data"]["reference"]["images"] == 60
     assert drawn["command"].startswith("bigbigan evaluate generation --model")
-    assert main(["generate", "-n", "20", "--seed", "5", "--model", tiny, "-o", f"{tmp_path}/samples/"]) == 0
+    assert main(["generate", "-n", "20", "--seed", "5", "--model", str(model), "-o", f"{tmp_path}/samples/"]) == 0
     files = sorted((tmp_path / "samples").iterdir())
     np.savez(tmp_path / "samples.npz", np.stack([pixels(file) for file in files]))
     np.save(tmp_path / "samples.npy", np.stack([pixels(file) for file in files]))
     for source in ("samples", "samples.npz", "samples.npy"):
-        for reference in (("--data", data, "--model", tiny), ("--statistics", statistics)):
+        for reference in (("--data", data, "--model", model), ("--statistics", statistics)):
             found = measure(tmp_path, "generation", "--samples", tmp_path / source, *reference, *options, "--seed", 5)
             assert found["results"][0][frechet] == pytest.approx(row[frechet], rel=1e-6)
             assert found["results"][0].get(kernel, row[kernel]) == pytest.approx(row[kernel], rel=1e-5)
@@ -190,8 +196,11 @@ def test_neighbours_as_a_picture_and_in_the_record(tmp_path: Path, data: Path, t
     assert kept["results"][0]["neighbours"][0]["names"][0] == str(gallery[3])
 
 
-def test_a_feature_file_finds_the_same_neighbours(tmp_path: Path, data: Path, tiny: str) -> None:
-    folder, query = data / "train", data / "train" / "bright" / "4.png"
+def test_a_feature_file_finds_the_same_neighbours(
+    tmp_path: Path, data: Path, tiny: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(data / "train")
+    folder, query = data / "train", Path("bright/4.png")
     options = ("--model", tiny, "--k", 5)
     direct = measure(tmp_path, "retrieval", query, "--data", data, *options)["results"][0]
     for suffix in (".npz", ".safetensors", ".parquet"):
@@ -260,7 +269,16 @@ def test_reconstructions_of_another_method(
     assert "19 reconstructions of 20 images" in refused(capsys, "reconstruction", "--reconstructions", array, *options)
 
 
-def test_reconstruction_of_fully_connected_and_of_larger_encoders(tmp_path: Path, data: Path) -> None:
+def test_reconstruction_of_fully_connected_and_of_larger_encoders(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sides = []
+
+    def train(images: torch.Tensor, *given: Any, **options: Any) -> Any:
+        sides.append(images.shape[-1])
+        return train_classifier(images, *given, **options)
+
+    monkeypatch.setattr("bigbigan.evaluation.train_classifier", train)
     mlp = get_preset("bigan-mnist-mlp").config
     big = get_preset("bigbigan-tiny").config
     big = dataclasses.replace(
@@ -274,6 +292,7 @@ def test_reconstruction_of_fully_connected_and_of_larger_encoders(tmp_path: Path
         record = measure(tmp_path, "reconstruction", *options)
         (row,) = record["results"]
         assert record["protocol"]["resolution"] == side and row["classifier_accuracy"] == 1.0
+        assert sides[-1] == side  # it learns at the size of what it judges
         assert row["feature_distance_ratio"] is not None and math.isfinite(row["feature_distance_ratio"])
 
 
