@@ -124,6 +124,26 @@ def test_the_reference_is_at_no_distance_from_itself(tmp_path: Path, data: Path,
     assert not any("FID" in key or "lassifier" in key for key in row)
 
 
+def test_the_reference_is_pooled_to_a_smaller_generators_size(
+    tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = get_preset("bigbigan-tiny").config
+    folder, samples = tmp_path / "model", tmp_path / "samples.npy"
+    resolution = {"encoder": dataclasses.replace(config.encoder, resolution=64), "preprocess": PreprocessConfig(64)}
+    create_model(dataclasses.replace(config, **resolution), seed=1).save(folder)
+    images = [Image.open(path).resize((64, 64), Image.Resampling.BICUBIC) for path in (data / "test").rglob("*.png")]
+    pooled = np.stack(images).reshape(20, 32, 2, 32, 2, 3).mean((2, 4), dtype=np.float32)
+    np.save(samples, np.rint(pooled).astype(np.uint8))
+    options = ("--data", data, "--split", "test", "--network", f"{data}/network.py:network", *GENERATION)
+    found = measure(tmp_path, "generation", "--samples", samples, "--model", folder, *options)
+    assert found["results"][0]["Fréchet distance (rows)"] == pytest.approx(0, abs=1e-5)
+    assert found["protocol"]["reference"]["pooling"] == "mean of 2 x 2 pixels"
+    assert found["data"]["reference"]["unreadable"] == 0
+    np.save(samples, np.zeros((20, 48, 48, 3), np.uint8))
+    message = refused(capsys, "generation", "--samples", samples, "--model", folder, *options)
+    assert "reference images of 64 pixels cannot be pooled to samples of 48" in message
+
+
 def test_truncation_is_told_and_matters(tmp_path: Path, data: Path, tiny: str) -> None:
     options = ("--model", tiny, "-n", 20, "--data", data, "--network", f"{data}/network.py:network", *GENERATION)
     rows = [

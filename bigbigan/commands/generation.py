@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from bigbigan.evaluation.feature_networks import FeatureNetwork
     from bigbigan.evaluation.generation import Features, FeatureStatistics
     from bigbigan.model import BigBiGAN
+    from bigbigan.training.sources import ImageDataset
 
 logger = logging.getLogger(__name__)
 
@@ -92,12 +93,13 @@ def _generation(arguments: argparse.Namespace) -> int:
     keep = arguments.kid_subsets * arguments.kid_subset_size if with_kernel else 0
     options: dict[str, Any] = {"keep": keep, "seed": arguments.seed, "progress": not arguments.quiet}
     reference: Features | None = None
+    dataset: ImageDataset | None = None
     if arguments.statistics:
         statistics = FeatureStatistics.load(Path(arguments.statistics), network)
         if samples.side != (side := statistics.images.get("resolution", samples.side)):
             logger.warning("samples have %d pixels, the images of %s %d", samples.side, arguments.statistics, side)
     else:
-        images = _reference(arguments, samples, model)
+        dataset, images = _reference(arguments, samples, model)
         _check_number("reference images", images.count, arguments)
         reference = collect_features(images.batches(), images.count, network, images=images.facts, **options)
         statistics = reference.statistics
@@ -121,8 +123,8 @@ def _generation(arguments: argparse.Namespace) -> int:
         "splits": arguments.splits,
         "seed": arguments.seed,
     }
-    data = {"reference": {"digest": statistics.images.get("digest"), "images": statistics.count}}
-    record = make_record(None if arguments.samples else model, protocol, results=[row], **data)
+    facts = {"digest": statistics.images.get("digest"), "images": statistics.count}
+    record = make_record(None if arguments.samples else model, protocol, results=[row], reference=dataset or facts)
     shown = [(key, value) for key, value in (row | protocol).items() if key != "name" and not key.endswith("_digest")]
     print_record(arguments, markdown_table(("Measure", "Value"), [(key, _text(value)) for key, value in shown]), record)
     return 0
@@ -182,7 +184,9 @@ def _network(arguments: argparse.Namespace) -> FeatureNetwork:
     return made
 
 
-def _reference(arguments: argparse.Namespace, samples: ImageSet, model: BigBiGAN | None) -> ImageSet:
+def _reference(
+    arguments: argparse.Namespace, samples: ImageSet, model: BigBiGAN | None
+) -> tuple[ImageDataset, ImageSet]:
     from dataclasses import replace
 
     from bigbigan.config import PreprocessConfig, to_dict
@@ -191,8 +195,10 @@ def _reference(arguments: argparse.Namespace, samples: ImageSet, model: BigBiGAN
     dataset = open_dataset(arguments.data, split=arguments.split)
     preprocess = model.config.preprocess if model else PreprocessConfig(samples.side)
     images = dataset_images(dataset, preprocess, samples.channels, samples.side, workers=arguments.workers)
-    facts = {"split": arguments.split, "digest": dataset.digest, "resolution": samples.side, **to_dict(preprocess)}
-    return replace(images, facts=facts)
+    facts = {"split": arguments.split, "digest": dataset.digest, **to_dict(preprocess), "resolution": samples.side}
+    if (factor := preprocess.resolution // samples.side) > 1:
+        facts["pooling"] = f"mean of {factor} x {factor} pixels"
+    return dataset, replace(images, facts=facts)
 
 
 def _check_number(what: str, number: int, arguments: argparse.Namespace) -> None:
