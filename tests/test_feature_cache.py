@@ -253,4 +253,4 @@ def test_sets_larger_than_the_memory(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     accuracy, neighbour = map(float, done.stdout.split())
     assert accuracy > 0.9 and neighbour == 1.0  # each of the queries is among the rows
-    assert "memory" in run_child(tmp_path, 120, "all").stderr
+    assert "Unable to allocate" in run_child(tmp_path, 120, "all").stderr
