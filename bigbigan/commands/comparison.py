@@ -26,10 +26,10 @@ COMPARE = """\
 SPEC of --compare, each a row (or several) of the same table:
   pixels, pca:64       the model's input, and its 64 principal components over the training split
   untrained            the model's architecture before training, with initial and with estimated statistics
-  supervised[:EPOCHS]  a small network trained on all training labels: its last hidden layer, and its own accuracy
+  supervised[:EPOCHS]  a small network trained on all training labels: last hidden layer, and own accuracy
   timm:NAME            a pretrained encoder of timm
   hf:ORG/NAME[@REV]    one of transformers: pooled output; with :cls the first token, with :mean that of all
-  file:TRAIN,TEST      features in files (.npz, .npy, .safetensors, .parquet), a row an image in the order of the split
+  file:TRAIN,TEST      features in .npz, .npy, .safetensors or .parquet, a row an image in the order of the split
   NAME                 another model of this package: a name, a model folder, or org/name[@REV]
 Each encoder gets the images under its own preprocessing.
 """
@@ -227,6 +227,7 @@ def _open(
     """What computes the rows of a SPEC, once everything that it names is found."""
     from bigbigan import hub
     from bigbigan.evaluation.adapters import huggingface_features, timm_features
+    from bigbigan.evaluation.linear_probe import check_width
     from bigbigan.evaluation.representations import model_features, pixels
 
     config, channels = model.config.preprocess, model.config.image_channels
@@ -238,6 +239,8 @@ def _open(
         return lambda: make(rest, arguments, model, splits)
     device = choose_device(arguments.device)
     if kind == "pixels":
+        if getattr(arguments, "probe", None) == "logistic":  # else hours might be lost before it is noticed
+            check_width(len(splits.train), channels * config.resolution**2)
         representation = pixels(config, channels)
     elif kind == "timm":
         representation = timm_features(rest, device=device)

@@ -17,6 +17,7 @@ logger = logging.getLogger(__name__)
 
 # Rows a step of the objective: a chunk is still in cache when its gradient reads it again.
 CHUNK = 1024
+MAX_WIDTH = 32_768  # a matrix of that side takes 8 GiB
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,8 @@ def linear_probe(
     Raises:
         ValueError: for shapes, dtypes, labels, non-finite features, L2 strengths or a `holdout` that do not fit.
     """
+    if len(train_x.shape) == 2:
+        check_width(*train_x.shape)
     train_x, test_x = _features(train_x, "train_x"), _features(test_x, "test_x")
     if train_x.shape[1] != test_x.shape[1]:
         raise ValueError(f"train_x has {train_x.shape[1]} features a row, test_x has {test_x.shape[1]}")
@@ -80,18 +83,18 @@ def linear_probe(
         if len(grid) > 1:
             order = torch.randperm(len(train_x), generator=torch.Generator().manual_seed(seed)).to(train_x.device)
             fit, held = order[:-holdout], order[-holdout:]
-            x, held_x = _standardize(train_x[fit], train_x[held], scale=standardize)
+            x, held_x = _reduced(*_standardize(train_x[fit], train_x[held], scale=standardize))
             solutions = {}
             # Ten times the final tolerance: raw Fashion-MNIST pixels tell the two apart by less than 0.001.
             for l2, weight, bias in logistic_path(x, train_y[fit], grid, num_classes=len(classes), tolerance=1e-4):
                 solutions[l2], scores[l2] = (weight, bias), _top_k_accuracy(held_x, train_y[held], weight, bias, 1)
                 bar.update()
             best = max(grid, key=scores.__getitem__)  # the first of equals
-            start = solutions[best]
+            start = None if x.shape[1] < train_x.shape[1] else solutions[best]  # of other coordinates
             del x, held_x  # before the copy for the last fit
             if best in (grid[0], grid[-1]):
                 logger.warning("the best L2 strength, %g, is at the edge of the grid %s: widen it", best, grid)
-        x, test_x = _standardize(train_x, test_x, scale=standardize)
+        x, test_x = _reduced(*_standardize(train_x, test_x, scale=standardize))
         _, weight, bias = next(logistic_path(x, train_y, [best], num_classes=len(classes), start=start))
         bar.update()
     return LinearProbeResult(
@@ -206,6 +209,14 @@ def _standardize(fit: Tensor, other: Tensor, *, scale: bool) -> tuple[Tensor, Te
     return centred.mul_(factor), other.mul_(factor)
 
 
+def _reduced(fit: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in the span of the rows of `fit`, if these are fewer than their columns: no penalised solution leaves it."""
+    if fit.shape[1] <= len(fit):
+        return fit, other
+    basis = torch.linalg.qr(fit.T)[0]
+    return fit @ basis, other @ basis
+
+
 def _features(x: Rows, name: str) -> Tensor:
     x = x[:]  # stored rows are read once: every step of the fit needs them all
     if x.ndim != 2 or 0 in x.shape:
@@ -239,6 +250,18 @@ def class_indices(train_y: Tensor, test_y: Tensor) -> tuple[Tensor, Tensor, Tens
 def check_holdout(holdout: int, number: int) -> None:
     if not 0 < holdout < number:
         raise ValueError(f"holdout is {holdout}; of {number} training rows, hold out 1 to {number - 1}")
+
+
+def check_width(number: int, width: int) -> None:
+    """
+    Raises:
+        ValueError: logistic regression on [number, width] features would not fit into the memory.
+    """
+    if min(number, width) > MAX_WIDTH:
+        raise ValueError(
+            f"logistic regression on {number} rows of {width} features needs {MAX_WIDTH} at most of either: take "
+            "fewer features, as their principal components, or the paper's protocol"
+        )
 
 
 def labelled_subset(labels: Tensor, fraction: float, *, seed: int = 0) -> Tensor:
