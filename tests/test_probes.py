@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 import json
+import random
 import re
 import shutil
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -363,3 +365,28 @@ def test_full_size_and_embedded_models_take_the_same_road(
     assert probe.returncode == 0, err
     found = rows(json.loads((tmp_path / "r.json").read_text()))
     assert [row["num_features"] for row in found.values()][:2] == [width, 2 * width] and len(found) == 3
+
+
+@pytest.mark.slow
+def test_kills_cost_a_piece_of_the_cache_at_most(tmp_path: Path, models: dict[str, str]) -> None:
+    write_split(tmp_path / "data" / "train", ("a", "b"), 2000, 0)
+    write_split(tmp_path / "data" / "test", ("a", "b"), 10, 1)
+    draws, kills, progress = random.Random(0), 0, [0]
+    command = ("evaluate", "knn", "--data", tmp_path / "data", "--model", models["one"], "--k", 1, "--threads", 1)
+    while True:
+        process = run(*command, "--feature-cache", tmp_path / "cache", "--json", tmp_path / "out.json")
+        while process.poll() is None and not any(tmp_path.glob("cache/*/*.json")):
+            time.sleep(0.01)
+        if kills == 4:
+            break
+        time.sleep(draws.random())
+        process.kill()
+        process.communicate()
+        kills += 1
+        facts = [json.loads(path.read_text()) for path in tmp_path.glob("cache/*/avepool_feat.json")]
+        progress.append(max((entry["rows"] for entry in facts), default=0))
+        assert progress[-1] >= progress[-2]
+    _, err = process.communicate()
+    assert process.returncode == 0, err
+    found = record(tmp_path, *command[1:])
+    assert json.loads((tmp_path / "out.json").read_text())["results"] == found["results"]

@@ -29,7 +29,7 @@ SPEC of --compare, each a row (or several) of the same table:
   supervised[:EPOCHS]  a small network trained on all training labels: last hidden layer, and own accuracy
   timm:NAME            a pretrained encoder of timm
   hf:ORG/NAME[@REV]    one of transformers: pooled output; with :cls the first token, with :mean that of all
-  file:TRAIN,TEST      features in .npz, .npy, .safetensors or .parquet, a row an image in the order of the split
+  file:TRAIN,TEST      features in .npz, .npy, .safetensors or .parquet, a row an image, in their order
   NAME                 another model of this package: a name, a model folder, or org/name[@REV]
 Each encoder gets the images under its own preprocessing.
 """

@@ -67,7 +67,7 @@ def _add_paper_options(group: argparse._ArgumentGroup) -> None:
         nargs="+",
         default=[1e-4, 3e-4, 1e-3, 3e-3, 1e-2],
         metavar="LR",
-        help="learning rates of Adam (default: 1e-4 3e-4 1e-3 3e-3 1e-2) [open: which]",
+        help="learning rates of Adam (default: 1e-4 3e-4 1e-3 3e-3 1e-2) [open: Adam, and which]",
     )
     group.add_argument("--steps", type=positive, default=100_000, metavar="N", help="(default: %(default)s) [open]")
     group.add_argument(
