@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from bigbigan._version import __version__
-from bigbigan.commands import conversion, encode, evaluation, models, pictures, training
+from bigbigan.commands import conversion, encode, evaluation, models, pictures, report, training
 from bigbigan.commands.options import help_formatter
 
 
@@ -26,7 +26,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"bigbigan {__version__}")
     commands = parser.add_subparsers(dest="verb", metavar="COMMAND", required=True, title="commands")
-    for group in (pictures, encode, models, conversion, training, evaluation):
+    for group in (pictures, encode, models, conversion, training, evaluation, report):
         group.add_parsers(commands)
     return parser
 
@@ -34,6 +34,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs `argv` (default: the process's arguments) and returns the exit code; a stranger's error is raised."""
     arguments = build_parser().parse_args(argv)
+    arguments.argv = list(sys.argv[1:] if argv is None else argv)  # for records of what was measured
     label = f"bigbigan {arguments.verb}"
     with _messages(label, logging.WARNING if getattr(arguments, "quiet", False) else logging.INFO):
         try:

@@ -138,7 +138,7 @@ def test_sigterm_writes_a_checkpoint_and_exits_143(tmp_path: Path, data: Path) -
 def test_evaluate_linear(
     tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("bigbigan.commands.probes.STANDING_PASSES", 5)
+    monkeypatch.setattr("bigbigan.commands.comparison.STANDING_PASSES", 5)
     folder = str(tmp_path / "tiny")
     create_model("bigbigan-tiny", seed=7).save(folder)
     record = tmp_path / "record.json"
@@ -169,7 +169,7 @@ def test_evaluate_rotation(tmp_path: Path, data: Path, capsys: pytest.CaptureFix
     command = ["evaluate", "rotation", "--data", str(data), "--model"]
     assert main([*command, folder, "--json", str(record)]) == 0
     table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()]
-    found = json.loads(record.read_text())["results"]
+    (found,) = json.loads(record.read_text())["results"]
     assert found["num_images"] == 20 and found["accuracy"] == pytest.approx(sum(found["per_turn"]) / 4)
     assert table[2] == ["all", f"{100 * found['accuracy']:.2f}"] and table[4][0] == "90 degrees"
     assert main([*command, RECIPE]) == 2
@@ -201,13 +201,14 @@ def test_evaluate_reconstruction(tmp_path: Path, data: Path, capsys: pytest.Capt
     command = ["evaluate", "reconstruction", "--data", str(data), "--model", str(folder), "--batch-size", "10"]
     assert main([*command, "--json", str(record), "--grid", str(grid), "--epochs", "30"]) == 0
     found = json.loads(record.read_text())
-    assert found["results"]["classifier_accuracy"] == 1.0  # brightness again
-    assert found["results"]["num_images"] == 20
-    assert set(found["results"]["per_class"]) == {"bright", "dark"}
+    (row,) = found["results"]
+    assert row["classifier_accuracy"] == 1.0  # brightness again
+    assert row["num_images"] == 20
+    assert set(row["per_class"]) == {"bright", "dark"}
     files = sorted((data / "test").rglob("*.png"))
     x = load(folder).preprocess(files)
     again = load(folder).reconstruct(files)
-    assert found["results"]["pixel_l1"] == pytest.approx((x - again).abs().mean().item(), rel=1e-4)
+    assert row["pixel_l1"] == pytest.approx((x - again).abs().mean().item(), rel=1e-4)
     shown = cells(grid, 8, 64).reshape(3, 2, 8, 64, 64, 3)[:, :, :, ::2, ::2]
     assert np.array_equal(shown[:, 0].reshape(-1, 32, 32, 3)[:20], to_uint8(x))
     assert abs(shown[:, 1].reshape(-1, 32, 32, 3)[:20].astype(int) - to_uint8(again)).max() <= 1

@@ -108,6 +108,21 @@ def test_probe_follows_its_protocol() -> None:
     assert (result.n_train, result.n_test, result.num_features) == (600, 300, 12)
 
 
+def test_more_features_than_rows_give_scikit_learns_predictions() -> None:
+    """Fitted in the span of the rows; and features too wide for either are refused."""
+    linear_model = pytest.importorskip("sklearn.linear_model")
+    x, y = draw(0, 60, 300) + draw(1, 3, 300)[torch.arange(60) % 3] / 3, torch.arange(60) % 3
+    result = linear_probe(x[:45], y[:45], x[45:], y[45:], l2_grid=[1e-1, 1e-2, 1e-3], holdout=15)
+    scale = x[:45].std(0, correction=0)
+    train, test = ((part - x[:45].mean(0)) / scale for part in (x[:45], x[45:]))
+    model = linear_model.LogisticRegression(C=1 / (45 * result.l2), tol=1e-8, max_iter=10_000).fit(train, y[:45])
+    assert result.accuracy == pytest.approx(model.score(test, y[45:]))
+    assert result.num_features == 300
+    wide = torch.zeros(1, 1).expand(40_000, 40_000)
+    with pytest.raises(ValueError, match="40000 rows of 40000 features needs 32768 at most of either"):
+        linear_probe(wide, y, x, y)
+
+
 def separable(n: int = 60) -> tuple[Tensor, Tensor]:
     y = torch.arange(n) % 2
     return draw(3, n, 4).float() + 8 * y[:, None], y

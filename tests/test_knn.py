@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
 
-from bigbigan.evaluation import knn
+from bigbigan.evaluation import StoredRows, knn
 from bigbigan.evaluation.knn import knn_accuracy, nearest
 
 
@@ -33,6 +36,80 @@ def test_as_scikit_learn(metric: str, theirs: str, offset: float) -> None:
         model = KNeighborsClassifier(result.k, metric=theirs, algorithm="brute")
         score = model.fit(rows.double().numpy(), y.numpy()).score(queries.double().numpy(), z.numpy())
         assert result.accuracy == pytest.approx(score), result
+
+
+def grid(n: int, seed: int, dimensions: int = 3) -> torch.Tensor:
+    """Points of {0, 1, 2}^3: every distance is exact, and most are shared."""
+    return torch.randint(0, 3, (n, dimensions), generator=torch.Generator().manual_seed(seed)).float()
+
+
+@pytest.mark.parametrize("chunk", [7, 64, 4096])
+def test_tied_distances_go_to_the_lower_index(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+    """By a full stable sort of exact distances; scikit-learn agrees on the distances, and where nothing ties."""
+    monkeypatch.setattr(knn, "CHUNK", chunk)
+    rows, queries = grid(300, 0), grid(40, 1)
+    exact = (queries[:, None] - rows).double().square().sum(2)
+    distance, index = nearest(rows, queries, 20)
+    values, order = exact.sort(dim=1, stable=True)
+    assert torch.equal(index, order[:, :20])
+    assert torch.equal(distance, values[:, :20].sqrt())
+    theirs, _ = NearestNeighbors(n_neighbors=20, algorithm="brute").fit(rows.double().numpy()).kneighbors(queries)
+    torch.testing.assert_close(distance, torch.from_numpy(theirs), rtol=0, atol=1e-7)  # theirs subtracts squares
+    assert nearest(rows[:1].expand(200, 3), queries, 5)[1].tolist() == [[0, 1, 2, 3, 4]] * 40  # as of a collapsed model
+
+
+def test_votes_among_tied_labels_as_scikit_learn() -> None:
+    """Neighbours without ties, labels with many."""
+    rows, queries = features(200, 0), features(300, 1)
+    y, z = torch.arange(200) % 5, torch.arange(300) % 5
+    for result in knn_accuracy(rows, y, queries, z, ks=(2, 4, 6, 10)):
+        model = KNeighborsClassifier(result.k, algorithm="brute").fit(rows.double().numpy(), y.numpy())
+        assert result.accuracy == pytest.approx(model.score(queries.double().numpy(), z.numpy()))
+
+
+@pytest.mark.parametrize("scale", [1e-22, 1e-10, 1.0, 1e10, 1e25])
+@pytest.mark.parametrize("precision", ["highest", "medium"])
+def test_the_float32_search_loses_no_neighbour(monkeypatch: pytest.MonkeyPatch, scale: float, precision: str) -> None:
+    """Neighbours nearer to each other than float32 can tell at their distance from the centre, some rows huge."""
+    monkeypatch.setattr(knn, "SPARE", 4)
+    torch.set_float32_matmul_precision(precision)
+    try:
+        draws = torch.Generator().manual_seed(0)
+        rows = 1 + 1e-6 * torch.randn((400, 6), generator=draws)
+        rows[::7] *= 30
+        queries = 1 + 1e-6 * torch.randn((50, 6), generator=draws)
+        wanted = (queries.double()[:, None] * scale - rows.double() * scale).square().sum(2).sort(dim=1, stable=True)
+        distance, index = nearest(rows.double() * scale, queries.double() * scale, 3)
+        assert torch.equal(index, wanted.indices[:, :3])
+        torch.testing.assert_close(distance, wanted.values[:, :3].sqrt(), rtol=1e-6, atol=0)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_most_queries_need_no_second_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the first would be for nothing."""
+    monkeypatch.setattr(knn, "CHUNK", 500)
+    searched: dict[torch.dtype, int] = {}
+    inner = knn._candidates
+
+    def counted(a: torch.Tensor, *arguments: object) -> object:
+        searched[arguments[-1]] = searched.get(arguments[-1], 0) + len(a)  # type: ignore[index, call-overload]
+        return inner(a, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(knn, "_candidates", counted)
+    draws = torch.Generator().manual_seed(0)
+    rows, queries = torch.randn((3000, 64), generator=draws), torch.randn((400, 64), generator=draws)
+    _, index = nearest(rows, queries, 5)
+    assert torch.equal(index, torch.cdist(queries.double(), rows.double()).topk(5, largest=False).indices)
+    assert searched[torch.float32] == 400 and searched.get(torch.float64, 0) < 4
+
+
+def test_rows_on_the_disk(tmp_path: Path) -> None:
+    rows, queries = features(60, 0), features(23, 1)
+    for name, x in (("rows", rows), ("queries", queries)):
+        np.save(tmp_path / f"{name}.npy", x.numpy())
+    stored = nearest(StoredRows.open(tmp_path / "rows.npy"), StoredRows.open(tmp_path / "queries.npy"), 4)
+    assert all(torch.equal(a, b) for a, b in zip(stored, nearest(rows, queries, 4), strict=True))
 
 
 def test_the_smallest_of_tied_labels_wins() -> None:

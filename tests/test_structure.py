@@ -85,8 +85,9 @@ def test_core_needs_neither_training_nor_evaluation_nor_conversion() -> None:
             assert not roots(path, deep=True) & (UPPER | COMMAND_LINE), name
 
 
-FOREIGN = {"tensorflow", "jax", "torchvision", "timm", "matplotlib", "torchmetrics"}
-ON_DEMAND = {"datasets", "fsspec", "huggingface_hub", "pyarrow", "sklearn", "scipy", "pandas"}
+FOREIGN = {"tensorflow", "jax", "torchvision"}
+ON_DEMAND = {"datasets", "fsspec", "huggingface_hub", "pyarrow", "sklearn", "scipy", "pandas", "timm", "transformers"}
+ON_DEMAND |= {"matplotlib", "torchmetrics", "torch_fidelity"}
 
 
 @pytest.mark.parametrize("path", FILES, ids=NAMES.get)

@@ -421,3 +421,41 @@ def test_a_range_of_a_split(tmp_path: Path) -> None:
     assert first.class_names == whole.class_names and len({d.digest for d in (whole, first, rest)}) == 3
     with pytest.raises(ValueError, match="leaves no images of 6"):
         open_dataset(tmp_path, split="train[6:]")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_read_all_images_in_order_from_anywhere(tmp_path: Path, workers: int) -> None:
+    """As decoded at once, also where images are unreadable, whose labels are set as they come by."""
+    data, whole = (open_dataset(damaged(tmp_path), max_bad_fraction=0.5) for _ in range(2))
+    images = whole.decode_all(PLAIN, 1)
+    pieces = list(data.batches(PLAIN, 1, size=3, workers=workers))
+    assert [len(piece) for piece in pieces] == [3] * (len(data) // 3) + ([len(data) % 3] if len(data) % 3 else [])
+    assert torch.equal(torch.cat(pieces), images)
+    assert torch.equal(data.labels, whole.labels) and data.bad.keys() == whole.bad.keys()
+    assert torch.equal(torch.cat(list(data.batches(PLAIN, 1, size=2, start=5, workers=workers))), images[5:])
+    assert list(data.batches(PLAIN, 1, size=4, start=len(data))) == []
+
+
+def test_a_choice_of_images(tmp_path: Path) -> None:
+    data = open_dataset(write_parquet(tmp_path / "x.parquet", [png(i) for i in range(11)], list(range(11))))
+    part = data.select(torch.tensor([7, 2, 9])).select(torch.tensor([2, 0]))
+    assert part.labels.tolist() == [9, 7] and part.class_names == data.class_names
+    assert np.array_equal(part.decode_all(PLAIN, 1).numpy(), expected(9, 7))
+    assert "row 9" in part.name(0) and "row 3" in data.subset(slice(3, 5)).name(0)
+    digests = {
+        data.digest,
+        part.digest,
+        data.select(torch.tensor([9, 7])).digest,
+        data.select(torch.tensor([7])).digest,
+    }
+    assert len(digests) == 4
+    part.labels[0] = 5
+    assert data.labels[9] == 9
+
+
+def test_a_range_beyond_the_images_is_refused(tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "x.parquet", [png(i) for i in range(4)], [0] * 4)
+    assert len(open_dataset(tmp_path, split="x[1:4]")) == 3 and path.exists()
+    for split in ("x[:5]", "x[5:]"):
+        with pytest.raises(ValueError, match="was asked for, and there are 4 images"):
+            open_dataset(tmp_path, split=split)

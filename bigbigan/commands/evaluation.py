@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from bigbigan.commands.generation import add_generation
 from bigbigan.commands.options import Commands, help_formatter
 from bigbigan.commands.probes import add_knn, add_linear
 from bigbigan.commands.reconstruction import add_reconstruction
+from bigbigan.commands.retrieval import add_retrieval
 from bigbigan.commands.rotation import add_rotation
 
 
@@ -19,4 +21,6 @@ def add_parsers(commands: Commands) -> None:
     add_linear(protocols)
     add_knn(protocols)
     add_reconstruction(protocols)
+    add_generation(protocols)
+    add_retrieval(protocols)
     add_rotation(protocols)

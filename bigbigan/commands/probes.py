@@ -3,27 +3,18 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from bigbigan.commands.options import (
-    Commands,
-    add_command,
-    add_model_options,
-    markdown_table,
-    names,
-    open_model,
-    positive,
-)
-from bigbigan.commands.records import DATA, ENDING, add_data_options, load_split, make_record, print_record
+from bigbigan.commands.comparison import COMPARE, Measured, Splits, add_feature_options, measured
+from bigbigan.commands.options import Commands, add_command, add_model_options, markdown_table, open_model, positive
+from bigbigan.commands.records import DATA, ENDING, add_data_options, make_record, print_record
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from bigbigan.model import BigBiGAN
-
-STANDING_PASSES, STANDING_BATCH = 100, 64  # as in the training recipes
 
 
 def add_linear(protocols: Commands) -> None:
@@ -32,13 +23,32 @@ def add_linear(protocols: Commands) -> None:
         "linear",
         _linear,
         "accuracy of a linear classifier on frozen features\n\n"
-        "Logistic regression on standardised features of the training split. Held-out training images choose the L2\n"
-        "strength; then it is fitted on all of them, and tested once on the test split.\n" + DATA,
-        "Example: bigbigan evaluate linear --data data/fashion_mnist --baselines --json linear.json\n" + ENDING,
+        "--protocol logistic: logistic regression on standardised features of the training split. Held-out training\n"
+        "images choose the L2 strength; then it is fitted on all of them, and tested once on the test split.\n"
+        "--protocol paper: BigBiGAN's. Adam from zero weights, several learning rates in one pass over augmented\n"
+        "images, averaged weights; held-out training images, never trained on, choose the rate.\n" + DATA + COMPARE,
+        "Example: bigbigan evaluate linear --data data/fashion_mnist --baselines --json linear.json\n"
+        "         bigbigan evaluate linear --data imagenet/ --model bigbigan-resnet50 --protocol paper --device cuda\n"
+        + ENDING,
     )
     add_data_options(parser)
-    _add_feature_options(parser, "avepool_feat,bn_crelu_feat")
+    add_feature_options(parser, "avepool_feat,bn_crelu_feat")
     parser.add_argument(
+        "--protocol", dest="probe", choices=("logistic", "paper"), default="logistic", help="(default: %(default)s)"
+    )
+    parser.add_argument(
+        "--labels",
+        type=float,
+        nargs="+",
+        metavar="SHARE",
+        help="train on these shares of the training labels instead of all, drawn a class, at least one each: 0.01 0.1",
+    )
+    parser.add_argument(
+        "--holdout", type=positive, metavar="N", help="held-out images (default: 10000, or a sixth if that is less)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of hold-out, shares and baselines (default: %(default)s)")
+    group = parser.add_argument_group("--protocol logistic")
+    group.add_argument(
         "--l2",
         type=float,
         nargs="+",
@@ -46,11 +56,33 @@ def add_linear(protocols: Commands) -> None:
         metavar="L2",
         help="(default: 0.1 … 1e-5)",
     )
-    parser.add_argument(
-        "--holdout", type=positive, metavar="N", help="held-out images (default: 10000, or a sixth if that is less)"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of hold-out and baselines (default: %(default)s)")
+    _add_paper_options(parser.add_argument_group("--protocol paper ([open]: not settled by the paper)"))
     add_model_options(parser)
+
+
+def _add_paper_options(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--lr",
+        type=float,
+        nargs="+",
+        default=[1e-4, 3e-4, 1e-3, 3e-3, 1e-2],
+        metavar="LR",
+        help="learning rates of Adam (default: 1e-4 3e-4 1e-3 3e-3 1e-2) [open: Adam, and which]",
+    )
+    group.add_argument("--steps", type=positive, default=100_000, metavar="N", help="(default: %(default)s) [open]")
+    group.add_argument(
+        "--probe-batch-size", type=positive, default=2048, metavar="N", help="(default: %(default)s) [open]"
+    )
+    group.add_argument(
+        "--ema", type=float, default=0.9999, metavar="DECAY", help="of the classifier's weights (default: %(default)s)"
+    )
+    group.add_argument(
+        "--augment",
+        choices=("resnet", "none"),
+        default="resnet",
+        help="random crops and flips of the training images, encoded afresh at every step, or their features computed "
+        "once (default: %(default)s)",
+    )
 
 
 def add_knn(protocols: Commands) -> None:
@@ -59,11 +91,11 @@ def add_knn(protocols: Commands) -> None:
         "knn",
         _knn,
         "accuracy of the majority among the nearest training images\n\n"
-        "Exact neighbours by features of the training split; nothing is fitted.\n" + DATA,
+        "Exact neighbours by features of the training split; nothing is fitted.\n" + DATA + COMPARE,
         "Example: bigbigan evaluate knn --data data/mnist --k 1 --features avepool_feat,z_mean --baselines\n" + ENDING,
     )
     add_data_options(parser)
-    _add_feature_options(parser, "avepool_feat")
+    add_feature_options(parser, "avepool_feat")
     parser.add_argument(
         "--k", type=positive, nargs="+", default=[1, 5, 25], metavar="K", help="neighbours (default: 1 5 25)"
     )
@@ -74,140 +106,223 @@ def add_knn(protocols: Commands) -> None:
     add_model_options(parser)
 
 
-def _add_feature_options(parser: argparse.ArgumentParser, default: str) -> None:
-    parser.add_argument(
-        "--features",
-        type=names,
-        default=default,
-        metavar="LIST",
-        help="encoder outputs, with commas between (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--baselines",
-        action="store_true",
-        help="also on raw pixels, and on an untrained encoder, with initial and with estimated statistics",
-    )
-    parser.add_argument("--batch-size", type=positive, default=256, metavar="N", help="(default: %(default)s)")
-
-
 def _linear(arguments: argparse.Namespace) -> int:
-    from bigbigan.evaluation.linear_probe import linear_probe
+    from bigbigan.evaluation.linear_probe import labelled_subset
 
     model = open_model(arguments, ("encoder",))
-    train, train_x = load_split(arguments, arguments.train_split, model)
-    test, test_x = load_split(arguments, arguments.test_split, model)
-    holdout = arguments.holdout or min(10_000, len(train) // 6)
-    progress, results = not arguments.quiet, []
-
-    def measure(what: str, feature: str, train_rows: Tensor, test_rows: Tensor) -> None:
-        probe = linear_probe(
-            train_rows,
-            train.labels,
-            test_rows,
-            test.labels,
-            l2_grid=arguments.l2,
-            holdout=holdout,
-            seed=arguments.seed,
-            progress=progress,
-        )
-        results.append({"representation": what, "feature": feature, **asdict(probe)})
-
-    for representation in _representations(arguments, model, train_x, test_x):
-        measure(*representation)
-
-    header = ("Representation", "Feature", "Width", "Top-1 %", "Top-5 %", "L2")
-    table = [
-        (
-            result["representation"],
-            result["feature"],
-            str(result["num_features"]),
-            f"{100 * result['accuracy']:.2f}",
-            "-" if result["top5"] is None else f"{100 * result['top5']:.2f}",
-            f"{result['l2']:g}",
-        )
-        for result in results
+    splits = Splits(arguments)
+    shares = [
+        (share, labelled_subset(splits.train.labels, share, seed=arguments.seed)) for share in arguments.labels or [1.0]
     ]
-    protocol = {
-        "name": "linear",
+    probe = {"logistic": _logistic, "paper": _paper}[arguments.probe]
+    results, found = [], []
+    for one in measured(arguments, model, splits):
+        found.append(one)
+        for _, rows in shares:
+            results += [
+                {"representation": one.name, "feature": feature, "labels": len(rows), **figures}
+                for feature, figures in probe(arguments, splits, one, rows, str(model.device)).items()
+            ]
+        results += _own_accuracy(one, labels=len(splits.train))
+        one.train, one.test = {}, {}  # only the names are needed on
+    strength = {"logistic": "l2", "paper": "lr"}[arguments.probe]
+    columns: dict[str, Callable[[dict[str, Any]], str]] = {
+        "Representation": lambda r: r["representation"],
+        "Feature": lambda r: r["feature"],
+        "Width": lambda r: str(r["num_features"]),
+        **({"Labels": lambda r: str(r["labels"])} if arguments.labels else {}),
+        "Top-1 %": lambda r: f"{100 * r['accuracy']:.2f}",
+        "Top-5 %": lambda r: "-" if r.get("top5") is None else f"{100 * r['top5']:.2f}",
+        strength.upper(): lambda r: f"{r[strength]:g}" if strength in r else "-",
+    }
+    protocol = {"name": "linear", **_description(arguments, splits, shares)}
+    _print(arguments, columns, model, protocol, splits, results, found)
+    return 0
+
+
+def _description(arguments: argparse.Namespace, splits: Splits, shares: list[tuple[float, Tensor]]) -> dict[str, Any]:
+    counts = [splits.train.labels[rows].unique(return_counts=True)[1] for _, rows in shares]
+    labels = [
+        {
+            "share": share,
+            "images": len(rows),
+            "images a class": [int(count.min()), int(count.max())],
+            "holdout": _holdout(arguments, len(rows)),
+        }
+        for (share, rows), count in zip(shares, counts, strict=True)
+    ]
+    settings: dict[str, Any] = {
         "classifier": "multinomial logistic regression, standardised features, no augmentation",
         "l2_grid": arguments.l2,
-        "holdout": holdout,
-        "seed": arguments.seed,
     }
-    print_record(
-        arguments, markdown_table(header, table), make_record(model, protocol, train=train, test=test, results=results)
+    if arguments.probe == "paper":
+        settings = {
+            "classifier": "Adam from zero weights, moving average of weights",
+            "learning_rates": arguments.lr,
+            "steps": arguments.steps,
+            "batch_size": arguments.probe_batch_size,
+            "ema": arguments.ema,
+            "augmentation": arguments.augment,
+        }
+    holdout = _holdout(arguments, len(splits.train))
+    return {**settings, "holdout": holdout, "seed": arguments.seed, **({"labels": labels} if arguments.labels else {})}
+
+
+def _holdout(arguments: argparse.Namespace, number: int) -> int:
+    return arguments.holdout or max(1, min(10_000, number // 6))
+
+
+def _logistic(
+    arguments: argparse.Namespace, splits: Splits, one: Measured, rows: Tensor, device: str
+) -> dict[str, dict[str, Any]]:
+    from bigbigan.evaluation.linear_probe import linear_probe
+    from bigbigan.evaluation.rows import select
+
+    return {
+        feature: asdict(
+            linear_probe(
+                select(train, rows) if len(rows) < len(train) else train,
+                splits.train.labels[rows],
+                one.test[feature],
+                splits.test.labels,
+                l2_grid=arguments.l2,
+                holdout=_holdout(arguments, len(rows)),
+                seed=arguments.seed,
+                progress=not arguments.quiet,
+            )
+        )
+        for feature, train in one.train.items()
+    }
+
+
+def _paper(
+    arguments: argparse.Namespace, splits: Splits, one: Measured, rows: Tensor, device: str
+) -> dict[str, dict[str, Any]]:
+    from bigbigan.evaluation.rows import select
+    from bigbigan.evaluation.sgd_probe import paper_probe
+
+    if arguments.augment != "none" and one.representation is None:
+        raise ValueError(f"{one.name} has features only, and no images to augment; add --augment none")
+
+    def augmented(fit: Tensor) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+        return _augmented(arguments, splits, one, rows[fit])
+
+    results = paper_probe(
+        {feature: select(x, rows) for feature, x in one.train.items()},
+        splits.train.labels[rows],
+        one.test,
+        splits.test.labels,
+        lrs=arguments.lr,
+        steps=arguments.steps,
+        batch_size=arguments.probe_batch_size,
+        ema=arguments.ema,
+        holdout=_holdout(arguments, len(rows)),
+        augmented=None if arguments.augment == "none" else augmented,
+        seed=arguments.seed,
+        device=device,
+        progress=not arguments.quiet,
     )
-    return 0
+    return {feature: asdict(result) for feature, result in results.items()}
+
+
+def _augmented(
+    arguments: argparse.Namespace, splits: Splits, one: Measured, rows: Tensor
+) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+    """Endless batches: features of random crops and flips of these training images, and labels."""
+    import itertools
+
+    import torch
+
+    from bigbigan.training.augment import AugmentationConfig
+    from bigbigan.training.batches import Images
+
+    assert one.representation is not None
+    augmentation = AugmentationConfig(crop_scale=(0.08, 1.0), flip=True, original=True)
+    data, size = splits.train.select(rows), min(arguments.probe_batch_size, len(rows))
+    options = {"augmentation": augmentation, "in_memory": False, "workers": arguments.workers}
+    images = Images(data, one.representation.preprocess, one.representation.channels, **options)
+    batches = images.batches(size, arguments.seed)
+    try:
+        for k in itertools.count(0, size):
+            pieces = [one.features(piece) for piece in batches.at(k).split(arguments.batch_size)]
+            yield (
+                {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]},
+                data.labels[batches.indices(k)],
+            )
+    finally:
+        batches.close()
 
 
 def _knn(arguments: argparse.Namespace) -> int:
     from bigbigan.evaluation.knn import knn_accuracy
 
     model = open_model(arguments, ("encoder",))
-    train, train_x = load_split(arguments, arguments.train_split, model)
-    test, test_x = load_split(arguments, arguments.test_split, model)
-    results = [
-        {"representation": what, "feature": feature, **asdict(found)}
-        for what, feature, train_rows, test_rows in _representations(arguments, model, train_x, test_x)
-        for metric in arguments.metric
-        for found in knn_accuracy(
-            train_rows,
-            train.labels,
-            test_rows,
-            test.labels,
-            ks=arguments.k,
-            metric=metric,
-            progress=not arguments.quiet,
-        )
-    ]
-    header = ("Representation", "Feature", "Width", "Metric", "k", "Top-1 %")
-    table = [
-        (
-            r["representation"],
-            r["feature"],
-            str(r["num_features"]),
-            r["metric"],
-            str(r["k"]),
-            f"{100 * r['accuracy']:.2f}",
-        )
-        for r in results
-    ]
+    splits = Splits(arguments)
+    if max(arguments.k) > len(splits.train):
+        raise ValueError(f"--k {max(arguments.k)} of {len(splits.train)} training images; give that many at most")
+    results, found = [], []
+    for one in measured(arguments, model, splits):
+        found.append(one)
+        for feature, train in one.train.items():
+            for metric in arguments.metric:
+                neighbours = knn_accuracy(
+                    train,
+                    splits.train.labels,
+                    one.test[feature],
+                    splits.test.labels,
+                    ks=arguments.k,
+                    metric=metric,
+                    device=model.device,
+                    progress=not arguments.quiet,
+                )
+                results += [{"representation": one.name, "feature": feature, **asdict(n)} for n in neighbours]
+        results += _own_accuracy(one)
+        one.train, one.test = {}, {}
+    columns: dict[str, Callable[[dict[str, Any]], str]] = {
+        "Representation": lambda r: r["representation"],
+        "Feature": lambda r: r["feature"],
+        "Width": lambda r: str(r["num_features"]),
+        "Metric": lambda r: r.get("metric", "-"),
+        "k": lambda r: str(r.get("k", "-")),
+        "Top-1 %": lambda r: f"{100 * r['accuracy']:.2f}",
+    }
     protocol = {
         "name": "knn",
         "vote": "majority, ties to the smallest label",
         "k": arguments.k,
         "metric": arguments.metric,
     }
-    print_record(
-        arguments, markdown_table(header, table), make_record(model, protocol, train=train, test=test, results=results)
-    )
+    _print(arguments, columns, model, protocol, splits, results, found)
     return 0
 
 
-def _representations(
-    arguments: argparse.Namespace, model: BigBiGAN, train_x: Tensor, test_x: Tensor
-) -> Iterator[tuple[str, str, Tensor, Tensor]]:
-    """What is measured: whose features, which, and their rows for both splits."""
-    from bigbigan.evaluation.features import extract_features
-
-    options = {"batch_size": arguments.batch_size, "progress": not arguments.quiet}
-    for what, encoder in _encoders(arguments, model, train_x):
-        rows = [extract_features(encoder, x, arguments.features, **options) for x in (train_x, test_x)]
-        for feature in arguments.features:
-            yield what, feature, rows[0][feature], rows[1][feature]
-    if arguments.baselines:
-        train_rows, test_rows = (x.flatten(1).float() / 127.5 - 1 for x in (train_x, test_x))
-        yield "raw pixels", "pixels", train_rows, test_rows
+def _own_accuracy(one: Measured, **more: Any) -> list[dict[str, Any]]:
+    """The row of a network that has a classifier of its own."""
+    if one.own_accuracy is None:
+        return []
+    width = next(iter(one.train.values())).shape[1]
+    what = {"representation": one.name, "feature": "its own classifier", "num_features": width}
+    return [{**what, **more, "accuracy": one.own_accuracy}]
 
 
-def _encoders(arguments: argparse.Namespace, model: BigBiGAN, images: Tensor) -> Iterator[tuple[str, BigBiGAN]]:
-    """The model, and its architecture untrained."""
-    from bigbigan import create_model
-    from bigbigan.training.export import standing_statistics
+def _print(
+    arguments: argparse.Namespace,
+    columns: dict[str, Callable[[dict[str, Any]], str]],
+    model: BigBiGAN,
+    protocol: dict[str, Any],
+    splits: Splits,
+    results: list[dict[str, Any]],
+    found: list[Measured],
+) -> None:
+    from bigbigan.config import to_dict
 
-    yield model.info.name or "model", model
-    if arguments.baselines:
-        untrained = create_model(model.config, parts=("encoder",), seed=arguments.seed)
-        yield "untrained encoder, initial statistics", untrained.to(model.device)
-        standing_statistics(untrained.cpu(), images, STANDING_PASSES, STANDING_BATCH)  # as export does, on the CPU
-        yield "untrained encoder, estimated statistics", untrained.to(model.device)
+    table = [[cell(result) for cell in columns.values()] for result in results]
+    record = make_record(model, protocol, results=results, train=splits.train, test=splits.test)
+    record["representations"] = {  # not in the protocol: it tells which records may be compared
+        one.name: {
+            "digest": one.digest,
+            "preprocess": None if one.representation is None else to_dict(one.representation.preprocess),
+        }
+        for one in found
+    }
+    print_record(arguments, markdown_table(tuple(columns), table), record)

@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bigbigan.commands.image_sets import ARRAYS, given_images, named_images, pooled, row_names
 from bigbigan.commands.options import (
     Commands,
     add_command,
     add_model_options,
     check_picture,
+    choose_device,
     markdown_table,
     open_model,
     positive,
+    set_threads,
 )
-from bigbigan.commands.records import DATA, ENDING, add_data_options, load_split, make_record, print_record
+from bigbigan.commands.records import DATA, ENDING, add_data_options, make_record, print_record
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from bigbigan.config import PreprocessConfig
     from bigbigan.model import BigBiGAN
+    from bigbigan.training.sources import ImageDataset
 
 
 def add_reconstruction(protocols: Commands) -> None:
@@ -30,11 +37,17 @@ def add_reconstruction(protocols: Commands) -> None:
         _reconstruction,
         "what reconstructions keep of their originals\n\n"
         "A small classifier, trained on real images of the training split alone, labels the reconstructions of the\n"
-        "test split (from z_mean). Also pixel errors and distances of avepool_feat, over those of random pairs.\n"
-        + DATA,
-        "Example: bigbigan evaluate reconstruction --data data/fashion_mnist --grid pairs.png\n" + ENDING,
+        "test split. Also pixel errors and distances of avepool_feat, over those of random pairs; where the encoder\n"
+        "sees larger images than the reconstructions, both are enlarged for it.\n\n"
+        "Reconstructions are the model's (from z_mean), or any other's: --reconstructions names a folder with a\n"
+        "picture for each test image, at the same path apart from the suffix (000000.png, 000001.png, … where the\n"
+        "test split is Parquet), or uint8 [N, S, S, C] in .npz or .npy, in the order of the test split. Test images\n"
+        "are then read as --model reads them, or without it as the largest centre square at that size.\n" + DATA,
+        "Example: bigbigan evaluate reconstruction --data data/fashion_mnist --grid pairs.png\n"
+        "         bigbigan evaluate reconstruction --data data/photos --reconstructions vq/ --json vq.json\n" + ENDING,
     )
     add_data_options(parser)
+    parser.add_argument("--reconstructions", metavar="PATH", help="those of another method, in place of the model's")
     parser.add_argument("--grid", metavar="PICTURE", help="also draw test images above their reconstructions")
     parser.add_argument(
         "--epochs", type=positive, default=6, metavar="N", help="of the classifier (default: %(default)s)"
@@ -45,20 +58,37 @@ def add_reconstruction(protocols: Commands) -> None:
     add_model_options(parser)
 
 
+@dataclass(frozen=True)
+class _Reconstructor:
+    """What makes the reconstructions, or has made them, and how originals are read for it."""
+
+    labels: dict[str, str]
+    model: BigBiGAN | None
+    reconstruct: Callable[[Tensor], Tensor] | Tensor
+    preprocess: PreprocessConfig
+    channels: int
+    side: int
+
+
 def _reconstruction(arguments: argparse.Namespace) -> int:
+    from bigbigan.config import to_dict
     from bigbigan.evaluation import reconstruction_report, train_classifier
+    from bigbigan.training.data import open_dataset
 
     if arguments.grid:
         check_picture(arguments.grid)
-    model = open_model(arguments, ("generator", "encoder"))
-    train, train_x = load_split(arguments, arguments.train_split, model)
-    test, test_x = load_split(arguments, arguments.test_split, model)
-    generator, encoder = model.config.generator, model.config.encoder
-    assert generator and encoder
+    set_threads(arguments)
+    train = open_dataset(arguments.data, split=arguments.train_split)
+    test = open_dataset(arguments.data, split=arguments.test_split)
+    for split, dataset in ((arguments.train_split, train), (arguments.test_split, test)):
+        if (dataset.labels < 0).any():
+            raise ValueError(f"{arguments.data} has images without a label in {split!r}; the classifier needs labels")
+    what = _given(arguments, test) if arguments.reconstructions else _modelled(arguments)
+    train_x, test_x = (dataset.decode_all(what.preprocess, what.channels) for dataset in (train, test))
     classes = max(len(train.class_names), int(train.labels.max()) + 1)
     settings = {"epochs": arguments.epochs, "flip": arguments.flip, "seed": arguments.seed}
     classifier = train_classifier(
-        _pooled(train_x, generator.resolution).to(model.device),
+        pooled(train_x, what.side).to(what.model.device if what.model else choose_device(arguments.device)),
         train.labels,
         num_classes=classes,
         progress=not arguments.quiet,
@@ -67,8 +97,8 @@ def _reconstruction(arguments: argparse.Namespace) -> int:
     result = reconstruction_report(
         test_x,
         test.labels,
-        model.reconstruct,
-        lambda x: model.encode(_enlarged(x, encoder.resolution)).avepool_feat,
+        what.reconstruct,
+        _features(what.model) if what.model else None,
         classifier,
         batch_size=arguments.batch_size,
         seed=arguments.seed,
@@ -80,32 +110,67 @@ def _reconstruction(arguments: argparse.Namespace) -> int:
     rows = [(name, value) for name, value in figures.items() if name != "per_class"]
     rows += [(f"label_agreement, {name}", value) for name, value in figures["per_class"].items()]
     table = markdown_table(("Measure", "Value"), [(name, "-" if v is None else f"{v:.4g}") for name, v in rows])
-    protocol = {"name": "reconstruction", "latent": "z_mean", "features": "avepool_feat", "classifier": settings}
-    print_record(arguments, table, make_record(model, protocol, train=train, test=test, results=figures))
+    protocol = {
+        "name": "reconstruction",
+        "classifier": settings,
+        "resolution": what.side,
+        "preprocessing": to_dict(what.preprocess),
+        "seed": arguments.seed,
+    }
+    results = [{**what.labels, **figures}]
+    print_record(arguments, table, make_record(what.model, protocol, train=train, test=test, results=results))
     if arguments.grid:
-        _draw_pairs(model, test_x[:32], arguments.grid)
+        _draw_pairs(what.reconstruct, test_x[:32], arguments.grid)
     return 0
 
 
-def _pooled(images: Tensor, side: int) -> Tensor:
-    """uint8 [N, C, S, S] mean-pooled to `side`, as the report pools originals."""
+def _modelled(arguments: argparse.Namespace) -> _Reconstructor:
+    model = open_model(arguments, ("generator", "encoder"))
+    name = model.info.name or "model"
+    labels = {"reconstructor": name, "latent": "z_mean", "features": f"avepool_feat of {name}"}
+    side = model.part("generator").config.resolution
+    return _Reconstructor(labels, model, model.reconstruct, model.config.preprocess, model.config.image_channels, side)
+
+
+def _given(arguments: argparse.Namespace, test: ImageDataset) -> _Reconstructor:
     import torch
-    from torch.nn.functional import adaptive_avg_pool2d
 
-    if images.shape[-1] == side:
-        return images
-    return torch.cat([adaptive_avg_pool2d(chunk.float(), side).round().byte() for chunk in images.split(256)])
+    from bigbigan.config import PreprocessConfig
+
+    path = Path(arguments.reconstructions)
+    model = open_model(arguments, ("encoder",)) if arguments.model else None
+    if path.suffix in ARRAYS:
+        again = torch.cat(list(given_images(str(path)).batches()))
+    else:
+        again = named_images(path, row_names(arguments.data, arguments.test_split, test))
+    channels, side = again.shape[1], again.shape[2]
+    labels = {"reconstructor": path.name}
+    if model is None:
+        return _Reconstructor(labels, None, again, PreprocessConfig(side), channels, side)
+    if model.config.image_channels != channels:
+        wanted = model.config.image_channels
+        raise ValueError(f"{path} holds images of {channels} channels and --model takes {wanted}; leave --model out")
+    labels["features"] = f"avepool_feat of {model.info.name or 'model'}"
+    return _Reconstructor(labels, model, again, model.config.preprocess, channels, side)
 
 
-def _enlarged(images: Tensor, side: int) -> Tensor:
+def _features(model: BigBiGAN) -> Callable[[Tensor], Tensor]:
     from torch.nn.functional import interpolate
 
-    return images if images.shape[-1] == side else interpolate(images, size=side, mode="bilinear").clamp(-1, 1)
+    side = model.part("encoder").config.resolution
+
+    def features(x: Tensor) -> Tensor:
+        if x.shape[-1] != side:
+            x = interpolate(x, size=side, mode="bilinear").clamp(-1, 1)
+        return model.encode(x).avepool_feat
+
+    return features
 
 
-def _draw_pairs(model: BigBiGAN, images: Tensor, path: str) -> None:
+def _draw_pairs(reconstruct: Callable[[Tensor], Tensor] | Tensor, images: Tensor, path: str) -> None:
     from bigbigan.grids import make_pairs
     from bigbigan.images import save_image
 
     x = images.float() / 127.5 - 1  # as uint8 they would be preprocessed once more
-    save_image(make_pairs(x, model.reconstruct(x)), path)
+    again = reconstruct(x) if callable(reconstruct) else reconstruct[: len(x)].float() / 127.5 - 1
+    save_image(make_pairs(x, again), path)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import json
-import platform
+import shlex
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ DATA = (
 )
 ENDING = (
     "Prints a Markdown table, then the record: figures, protocol, digests of model and data, versions.\n"
+    "`bigbigan report` puts records together.\n"
     "Exit codes: 0 done, 2 wrong usage, no such model, or data that do not fit."
 )
 
@@ -33,6 +34,10 @@ def add_data_options(parser: argparse.ArgumentParser, *, train: bool = True) -> 
             help="(default: %(default)s); train[:50000] is its first 50,000 images",
         )
     parser.add_argument("--test-split", default="test", metavar="SPLIT", help="(default: %(default)s)")
+    add_record_option(parser)
+
+
+def add_record_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", metavar="FILE", help="write the record there instead of printing it")
 
 
@@ -44,35 +49,30 @@ def load_split(arguments: argparse.Namespace, split: str, model: BigBiGAN) -> tu
     return dataset, dataset.decode_all(model.config.preprocess, model.config.image_channels)
 
 
-def make_record(model: BigBiGAN, protocol: dict[str, Any], *, results: Any, **splits: ImageDataset) -> dict[str, Any]:
-    import numpy
-    import torch
+def make_record(
+    model: BigBiGAN | None,
+    protocol: dict[str, Any],
+    *,
+    results: list[dict[str, Any]],
+    **data: ImageDataset | Mapping[str, Any],
+) -> dict[str, Any]:
+    """`bigbigan.evaluation.report.make_record`, with data sets in place of facts about them."""
+    from bigbigan.evaluation.report import make_record
 
-    from bigbigan import __version__
-    from bigbigan.evaluation.features import digest
-
-    digests = {f"{part}_digest": digest(getattr(model, part)) for part in model.parts}
-    return {
-        "protocol": protocol,
-        "model": {"name": model.info.name, **digests},
-        "data": {
-            name: {"digest": split.digest, "images": len(split), "unreadable": len(split.bad)}
-            for name, split in splits.items()
-        },
-        "results": results,
-        "versions": {
-            "bigbigan": __version__,
-            "torch": torch.__version__,
-            "numpy": numpy.__version__,
-            "python": platform.python_version(),
-        },
+    facts = {
+        name: dict(part)
+        if isinstance(part, Mapping)
+        else {"digest": part.digest, "images": len(part), "unreadable": len(part.bad)}
+        for name, part in data.items()
     }
+    return make_record(model, protocol, results=results, data=facts)
 
 
 def print_record(arguments: argparse.Namespace, table: str, record: dict[str, Any]) -> None:
+    from bigbigan.evaluation.report import record_text
     from bigbigan.files import atomic_write
 
-    text = json.dumps(record, indent=2) + "\n"
+    text = record_text({**record, "command": shlex.join(["bigbigan", *arguments.argv])})
     print(table)
     if not arguments.json:
         print(f"\n{text}", end="")

@@ -44,6 +44,6 @@ def _rotation(arguments: argparse.Namespace) -> int:
     rows = [("all", f"{100 * result.accuracy:.2f}")]
     rows += [(f"{90 * k} degrees", f"{100 * share:.2f}") for k, share in enumerate(result.per_turn)]
     protocol = {"name": "rotation", "turns": [0, 90, 180, 270]}
-    record = make_record(model, protocol, test=test, results=asdict(result))
+    record = make_record(model, protocol, test=test, results=[asdict(result)])
     print_record(arguments, markdown_table(("Rotation", "Accuracy %"), rows), record)
     return 0

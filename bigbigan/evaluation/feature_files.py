@@ -1,10 +1,11 @@
-"""Feature files: pieces (safetensors, a group of rows each) put together as .npz, .safetensors or .parquet.
+"""Feature files: written from pieces (safetensors, a group of rows each) as .npz, .safetensors or .parquet, and read.
 
-Only one piece is in memory at a time. Equal rows and names give equal bytes.
+Of what is written, only one piece is in memory at a time. Equal rows and names give equal bytes.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
@@ -13,7 +14,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
+
+from bigbigan.evaluation.rows import Rows, StoredRows, check_finite
 
 SUFFIXES = (".npz", ".safetensors", ".parquet")
 MAX_HEADER_BYTES = 99_000_000  # safetensors reads headers up to 100 MB; a megabyte is for the tensors' entries
@@ -108,3 +111,105 @@ def _write_parquet(path: Path, names: list[str], widths: dict[str, int], pieces:
             paths = pyarrow.array(names[done : done + number], pyarrow.string())
             writer.write_table(pyarrow.Table.from_arrays([paths, *arrays], schema=schema))
             done += number
+
+
+def read_features(path: str | Path, *, rows: int | None = None) -> dict[str, Rows]:
+    """Features [N, D] by name, from what `encode` wrote or from any file of such arrays.
+
+    .safetensors and .npy stay on the disk until they are indexed; .npz and .parquet are read whole. Arrays of text
+    are left out.
+
+    Args:
+        rows: how many there must be.
+
+    Raises:
+        ValueError: another suffix, no such file, no features in it, another number of rows, NaN or infinity.
+        ImportError: parquet without pyarrow.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in _READERS:
+        raise ValueError(f"{path}: cannot read features from {path.suffix or 'no suffix'!r}; use {', '.join(_READERS)}")
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; `bigbigan encode` writes one")
+    try:
+        arrays = _READERS[path.suffix.lower()](path)
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile, SafetensorError) as error:
+        raise ValueError(f"{path} is no readable feature file: {error}") from error
+    features: dict[str, Rows] = {}
+    for name, array in arrays.items():
+        if array.ndim != 2 or array.dtype.kind not in "fiu" or not array.shape[1]:
+            raise ValueError(f"{path}: {name} is {array.dtype} {list(array.shape)}; expected numbers [N, D]")
+        if rows is not None and len(array) != rows:
+            raise ValueError(
+                f"{path}: {name} has {len(array)} rows for {rows} images; give one row an image, in their order"
+            )
+        stored = StoredRows(array)
+        features[name] = stored if isinstance(array, np.memmap) else stored[:]
+        check_finite(features[name], f"{path}: {name}")
+    if not features:
+        raise ValueError(f"{path} holds no features")
+    return features
+
+
+def _read_npy(path: Path) -> dict[str, Any]:
+    return {"features": np.load(path, mmap_mode="r")}
+
+
+def _read_npz(path: Path) -> dict[str, Any]:
+    with np.load(path) as archive:
+        return {name: array for name in archive.files if (array := archive[name]).dtype.kind != "U"}
+
+
+def _read_safetensors(path: Path) -> dict[str, Any]:
+    with safe_open(path, framework="np") as file:  # checks header, types and offsets
+        names = list(file.keys())
+    with open(path, "rb") as stream:
+        start = 8 + int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(start - 8))
+    types = {"F64": "<f8", "F32": "<f4", "F16": "<f2"}
+    found = {}
+    for name in names:
+        kind, shape, offset = header[name]["dtype"], header[name]["shape"], header[name]["data_offsets"][0]
+        if kind not in types:
+            raise ValueError(f"{name} is {kind}; expected one of {', '.join(types)}")
+        found[name] = np.memmap(path, types[kind], "r", start + offset, tuple(shape))
+    return found
+
+
+def _read_parquet(path: Path) -> dict[str, Any]:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError as error:
+        raise ImportError(f"reading {path} needs pyarrow: pip install 'bigbigan[eval]'") from error
+    try:
+        table = parquet.read_table(path)
+    except pyarrow.ArrowException as error:
+        raise ValueError(str(error)) from error
+    found = {}
+    for name in table.column_names:
+        column = table[name].combine_chunks()
+        if pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type):
+            continue
+        if not (pyarrow.types.is_fixed_size_list(column.type) or pyarrow.types.is_list(column.type)):
+            raise ValueError(f"column {name} is {column.type}; expected lists of numbers")
+        found[name] = column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), -1)
+    return found
+
+
+_READERS: dict[str, Callable[[Path], dict[str, Any]]] = {
+    ".npz": _read_npz,
+    ".npy": _read_npy,
+    ".safetensors": _read_safetensors,
+    ".parquet": _read_parquet,
+}
+
+
+def file_digest(*paths: str | Path) -> str:
+    """sha256 of the files' bytes, end to end."""
+    sha256 = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as file:
+            while piece := file.read(1 << 20):
+                sha256.update(piece)
+    return sha256.hexdigest()

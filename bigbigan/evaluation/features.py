@@ -66,7 +66,7 @@ def extract_features(
     """
     if images.dtype != torch.uint8 or not len(images):
         raise ValueError(f"images are {images.dtype} {list(images.shape)}; expected uint8 [N, C, S, S]")
-    encode = _BatchEncoder(model, outputs, batch_size, seed)
+    encode = BatchEncoder(model, outputs, batch_size, seed)
     features = {name: torch.empty(len(images), width) for name, width in encode.widths.items()}
     bar = tqdm(total=len(images), desc="encoding", unit="img", disable=None if progress else True)
     with bar:
@@ -141,7 +141,7 @@ def encode_files(
     output, names = Path(output), list(files)
     work, failures = (output.with_name(output.name + end) for end in (".partial", ".failures.jsonl"))
     write = feature_writer(output, names)
-    encode = _BatchEncoder(model, outputs, batch_size, seed)
+    encode = BatchEncoder(model, outputs, batch_size, seed)
     manifest = {
         "format": 1,
         "encoder": digest(encode.network),
@@ -179,14 +179,19 @@ def encode_files(
 
 def digest(network: nn.Module) -> str:
     """sha256 over names, types, shapes and values of the weights, and over the configuration that shapes them."""
-    sha256 = hashlib.sha256(json.dumps(to_dict(network.config)).encode())
-    for name, tensor in sorted(network.state_dict().items()):
+    return weights_digest(network, json.dumps(to_dict(network.config)))
+
+
+def weights_digest(module: nn.Module, description: str) -> str:
+    """sha256 over names, types, shapes and values of the weights, and over what else shapes the module."""
+    sha256 = hashlib.sha256(description.encode())
+    for name, tensor in sorted(module.state_dict().items()):
         sha256.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         sha256.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return sha256.hexdigest()
 
 
-class _BatchEncoder:
+class BatchEncoder:
     """Encodes batches; where memory runs out, in halves from then on."""
 
     def __init__(self, model: BigBiGAN, outputs: Sequence[str], batch_size: int, seed: int) -> None:
@@ -247,7 +252,7 @@ def _read_ahead(read: Callable[[Path], Read], paths: Sequence[Path], workers: in
 
 
 def _encode_pieces(
-    encode: _BatchEncoder, images: Iterable[Read], start: int, row: int
+    encode: BatchEncoder, images: Iterable[Read], start: int, row: int
 ) -> Iterator[tuple[int, list[tuple[int, str]], dict[str, Tensor]]]:
     """Yields (files done so far, failures, rows) whenever PIECE_ROWS or a few more rows are done, and at the end.
 

@@ -1,16 +1,21 @@
-"""k-nearest-neighbour classification of features: exact, in chunks, for several k and metrics in one pass."""
+"""k-nearest-neighbour classification of features: exact, in chunks of rows, for several k in one pass."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from bigbigan.evaluation.rows import Rows, column_mean
+
 METRICS = ("l2", "cosine")
 CHUNK = 4096  # rows of either side at a time
+SPARE = 16  # candidates beyond k
+PIECE = 1 << 20  # float64 values of candidates at a time
 
 
 @dataclass(frozen=True)
@@ -24,13 +29,14 @@ class KNNResult:
 
 
 def knn_accuracy(
-    train_x: Tensor,
+    train_x: Rows,
     train_y: Tensor,
-    test_x: Tensor,
+    test_x: Rows,
     test_y: Tensor,
     *,
     ks: Sequence[int] = (1, 5, 25),
     metric: str = "l2",
+    device: str | torch.device = "cpu",
     progress: bool = False,
 ) -> list[KNNResult]:
     """Accuracy on the test rows for each k, all rows counting alike; of labels that tie, the smallest wins.
@@ -46,9 +52,9 @@ def knn_accuracy(
     if not ks or min(ks) < 1 or max(ks) > len(train_x):
         raise ValueError(f"k is {list(ks)}; give one or more from 1 to the {len(train_x)} training rows")
     for name, x, y in (("training", train_x, train_y), ("test", test_x, test_y)):
-        if y.shape != x.shape[:1] or y.is_floating_point() or not len(y) or int(y.min()) < 0:
+        if tuple(y.shape) != tuple(x.shape[:1]) or y.is_floating_point() or not len(y) or int(y.min()) < 0:
             raise ValueError(f"{name} features are {list(x.shape)}, labels {y.dtype} {list(y.shape)}; one label a row")
-    neighbours = nearest(train_x, test_x, max(ks), metric=metric, progress=progress)[1]
+    neighbours = nearest(train_x, test_x, max(ks), metric=metric, device=device, progress=progress)[1]
     labels, wanted = train_y.cpu().long()[neighbours], test_y.cpu()  # [M, k], nearest first
     votes = torch.zeros(len(labels), int(labels.max()) + 1)
     results = []
@@ -64,45 +70,107 @@ def knn_accuracy(
 
 @torch.no_grad()
 def nearest(
-    rows: Tensor, queries: Tensor, k: int, *, metric: str = "l2", progress: bool = False
+    rows: Rows, queries: Rows, k: int, *, metric: str = "l2", device: str | torch.device = "cpu", progress: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Distances [M, k], nearest first, and indices [M, k] of the rows [N, D] that are nearest to the queries [M, D].
 
-    In float64, where distances of distinct float32 features do not round to each other, on the queries' device.
-    Distances are Euclidean, or 1 - cos.
+    By Euclidean distance or 1 - cos, computed in float64; of equal distances the lower index comes first. The float32
+    search before that drops only rows that a bound of its rounding errors rules out. Queries where it cannot are
+    searched again in float64, whose rounding may decide between more than `SPARE` rows that are all but as near.
 
     Raises:
         ValueError: shapes or metric do not fit, values are not finite, or a row of zeros has no angle.
     """
     if metric not in METRICS:
         raise ValueError(f"metric is {metric!r}; choose {' or '.join(METRICS)}")
-    if rows.ndim != 2 or queries.ndim != 2 or rows.shape[1] != queries.shape[1] or not 1 <= k <= len(rows):
+    if len(rows.shape) != 2 or len(queries.shape) != 2 or rows.shape[1] != queries.shape[1] or not 1 <= k <= len(rows):
         raise ValueError(f"rows are {list(rows.shape)}, queries {list(queries.shape)}, k is {k}; they do not fit")
-    center = rows.double().mean(0) if metric == "l2" else 0.0  # keeps |a|^2 + |b|^2 - 2 a.b from cancelling
-    found = []
-    for query in tqdm(queries.split(CHUNK), "neighbours", unit="chunk", disable=None if progress else True):
-        a = _prepared(query, center, metric)
-        best: tuple[Tensor, Tensor] | None = None
-        for start in range(0, len(rows), CHUNK):
-            b = _prepared(rows[start : start + CHUNK].to(query.device), center, metric)
-            distance = (a.square().sum(1, keepdim=True) + b.square().sum(1) - 2 * a @ b.T).clamp_(min=0)
-            index = torch.arange(start, start + len(b), device=query.device).expand(len(a), -1)
-            if best is not None:
-                distance, index = torch.cat([best[0], distance], 1), torch.cat([best[1], index], 1)
-            values, order = distance.topk(min(k, distance.shape[1]), largest=False)
-            best = values, index.gather(1, order)
-        assert best is not None
-        found.append((best[0].sqrt() if metric == "l2" else best[0] / 2, best[1]))
-    return torch.cat([d.cpu() for d, _ in found]), torch.cat([i.cpu() for _, i in found])
+    center: Tensor | float = 0.0
+    if metric == "l2":
+        # Keeps |a|^2 + |b|^2 - 2 a.b from cancelling; of few bits, so that equal distances of plain numbers stay equal.
+        center = column_mean(rows).bfloat16().double().to(device)
+    prepare = partial(_prepared, center=center, metric=metric, device=device)
+    width, found = min(k + SPARE, len(rows)), []
+    starts = range(0, len(queries), CHUNK)
+    for start in tqdm(starts, "neighbours", unit="chunk", disable=None if progress else True):
+        a, size = prepare(queries[start : start + CHUNK])
+        bound, index = _candidates(a, size, rows, prepare, width, torch.float32)
+        query = queries[start : start + CHUNK].to(device)
+        distance, index = _ranked(query, rows, index, metric)
+        unproven = (
+            ~(distance[:, k - 1].square() < bound) if width < len(rows) else torch.zeros_like(bound, dtype=torch.bool)
+        )
+        if unproven.any():
+            _, candidates = _candidates(a[unproven], size[unproven], rows, prepare, width, torch.float64)
+            distance[unproven], index[unproven] = _ranked(query[unproven], rows, candidates, metric)
+        distance = distance[:, :k] if metric == "l2" else distance[:, :k].square() / 2
+        found.append((distance.cpu(), index[:, :k].cpu()))
+    return torch.cat([distance for distance, _ in found]), torch.cat([index for _, index in found])
 
 
-def _prepared(x: Tensor, center: Tensor | float, metric: str) -> Tensor:
-    x = x.double() - center
-    if not torch.isfinite(x).all():
+def _candidates(
+    a: Tensor,
+    size: Tensor,
+    rows: Rows,
+    prepare: Callable[[Tensor], tuple[Tensor, Tensor]],
+    width: int,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """[m], a lower bound of the squared distance of all other rows, and [m, width], the rows of the lowest bounds.
+
+    The computed |a|^2 + |b|^2 - 2 a.b is off by at most g (|a|^2 + |b|^2), g = n u / (1 - n u) with unit roundoff u
+    and n = D + 8: D for the product, in whatever order it is summed (Higham, Accuracy and Stability of Numerical
+    Algorithms, section 3.1), the rest for rounding a, b, both squares, and two sums; and less than 1e8 times the
+    smallest number where values underflow. In float64 it is taken as it is.
+    """
+    n, u = a.shape[1] + 8, torch.finfo(dtype).eps / 2
+    shrink, underflow = (1 - n * u / (1 - n * u), 1e-30) if dtype == torch.float32 else (1.0, 0.0)
+    narrow = a.to(dtype)
+    # Beyond that range, and where torch may multiply in less than float32, the bound would not hold: nothing is proven.
+    sound = torch.get_float32_matmul_precision() == "highest" and bool((size < 1e30).all())
+    best: tuple[Tensor, Tensor] | None = None
+    for start in range(0, len(rows), CHUNK):
+        b, squares = prepare(rows[start : start + CHUNK])
+        sound = sound and bool((squares < 1e30).all())
+        bound = (shrink * (size[:, None] + squares) - underflow).to(dtype).addmm_(narrow, b.to(dtype).T, alpha=-2)
+        index = torch.arange(start, start + len(b), device=a.device).expand(len(a), -1)
+        if best is not None:
+            bound, index = torch.cat([best[0], bound], 1), torch.cat([best[1], index], 1)
+        if dtype == torch.float64:  # stable: of equal bounds, the lower index stays
+            bound, order = (x[:, :width] for x in bound.sort(dim=1, stable=True))
+        else:
+            bound, order = bound.topk(min(width, bound.shape[1]), largest=False)
+        best = bound, index.gather(1, order)
+    assert best is not None
+    last = best[0][:, -1].double()
+    return last if sound else torch.full_like(last, -torch.inf), best[1]
+
+
+def _ranked(queries: Tensor, rows: Rows, index: Tensor, metric: str) -> tuple[Tensor, Tensor]:
+    """Distances [m, width] to the rows of `index` [m, width], and these, by distance and then by index.
+
+    By differences, of rows that are not centred: where rows are equal, so are their distances.
+    """
+    index = index.sort(1).values
+    piece = max(1, PIECE // (index.shape[1] * queries.shape[1]))
+    distances = []
+    for some, wanted in zip(queries.double().split(piece), index.split(piece), strict=True):
+        near = rows[wanted.flatten()].to(queries.device).double().view(*wanted.shape, -1)
+        if metric == "cosine":
+            near, some = near / near.norm(dim=2, keepdim=True), some / some.norm(dim=1, keepdim=True)
+        distances.append(torch.linalg.vector_norm(near.sub_(some[:, None]), dim=2))
+    distance, order = torch.cat(distances).sort(dim=1, stable=True)
+    return distance, index.gather(1, order)
+
+
+def _prepared(x: Tensor, *, center: Tensor | float, metric: str, device: str | torch.device) -> tuple[Tensor, Tensor]:
+    """Centred or normalised rows, and their squared lengths, in float64."""
+    x = x.to(device).double() - center
+    squares = x.square().sum(1)
+    if not squares.isfinite().all():
         raise ValueError("features hold NaN or infinite values")
     if metric == "l2":
-        return x
-    norms = x.norm(dim=1, keepdim=True)
-    if (norms == 0).any():
+        return x, squares
+    if (squares == 0).any():
         raise ValueError("a row of zeros has no angle; use the metric l2")
-    return x / norms
+    return x.div_(squares.sqrt()[:, None]), torch.ones_like(squares)

@@ -11,10 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from bigbigan.evaluation.rows import Rows
+
 logger = logging.getLogger(__name__)
 
 # Rows a step of the objective: a chunk is still in cache when its gradient reads it again.
 CHUNK = 1024
+MAX_WIDTH = 32_768  # a matrix of that side takes 8 GiB
 
 
 @dataclass(frozen=True)
@@ -31,9 +34,9 @@ class LinearProbeResult:
 
 
 def linear_probe(
-    train_x: Tensor,
+    train_x: Rows,
     train_y: Tensor,
-    test_x: Tensor,
+    test_x: Rows,
     test_y: Tensor,
     *,
     l2_grid: Sequence[float] = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5),
@@ -57,41 +60,41 @@ def linear_probe(
     Raises:
         ValueError: for shapes, dtypes, labels, non-finite features, L2 strengths or a `holdout` that do not fit.
     """
+    if len(train_x.shape) == 2:
+        check_width(*train_x.shape)
     train_x, test_x = _features(train_x, "train_x"), _features(test_x, "test_x")
     if train_x.shape[1] != test_x.shape[1]:
         raise ValueError(f"train_x has {train_x.shape[1]} features a row, test_x has {test_x.shape[1]}")
-    train_y, test_y = (_labels(y, x, name) for y, x, name in ((train_y, train_x, "train"), (test_y, test_x, "test")))
-    classes, train_y = train_y.unique(return_inverse=True)
-    if len(classes) < 2:
-        raise ValueError(f"train_y holds the one label {classes.item()}; a probe needs two classes or more")
-    unseen = test_y[~torch.isin(test_y, classes)].unique().tolist()
-    if unseen:
-        raise ValueError(f"test_y has labels that train_y lacks: {unseen[:10]}")
-    test_y = torch.searchsorted(classes, test_y)
+    for name, y, x in (("train", train_y, train_x), ("test", test_y, test_x)):
+        if y.is_floating_point() or y.shape != x.shape[:1]:
+            raise ValueError(
+                f"{name}_y is {y.dtype} of shape {tuple(y.shape)}; expected integers [{len(x)}], one a row of {name}_x"
+            )
+    classes, train_y, test_y = class_indices(train_y.to(train_x.device), test_y.to(test_x.device))
 
     grid = sorted({float(l2) for l2 in l2_grid}, reverse=True)
     if not grid or not all(0 < l2 < float("inf") for l2 in grid):
         raise ValueError(f"l2_grid is {tuple(l2_grid)}; give one or more positive numbers")
-    if len(grid) > 1 and not 0 < holdout < len(train_x):
-        raise ValueError(f"holdout is {holdout}; of {len(train_x)} training rows, hold out 1 to {len(train_x) - 1}")
+    if len(grid) > 1:
+        check_holdout(holdout, len(train_x))
 
     best, start, scores = grid[0], None, {}
     with tqdm(total=len(grid) + 1, desc="linear probe", unit="fit", disable=None if progress else True) as bar:
         if len(grid) > 1:
             order = torch.randperm(len(train_x), generator=torch.Generator().manual_seed(seed)).to(train_x.device)
             fit, held = order[:-holdout], order[-holdout:]
-            x, held_x = _standardize(train_x[fit], train_x[held], scale=standardize)
+            x, held_x = _reduced(*_standardize(train_x[fit], train_x[held], scale=standardize))
             solutions = {}
             # Ten times the final tolerance: raw Fashion-MNIST pixels tell the two apart by less than 0.001.
             for l2, weight, bias in logistic_path(x, train_y[fit], grid, num_classes=len(classes), tolerance=1e-4):
                 solutions[l2], scores[l2] = (weight, bias), _top_k_accuracy(held_x, train_y[held], weight, bias, 1)
                 bar.update()
             best = max(grid, key=scores.__getitem__)  # the first of equals
-            start = solutions[best]
+            start = None if x.shape[1] < train_x.shape[1] else solutions[best]  # of other coordinates
             del x, held_x  # before the copy for the last fit
             if best in (grid[0], grid[-1]):
                 logger.warning("the best L2 strength, %g, is at the edge of the grid %s: widen it", best, grid)
-        x, test_x = _standardize(train_x, test_x, scale=standardize)
+        x, test_x = _reduced(*_standardize(train_x, test_x, scale=standardize))
         _, weight, bias = next(logistic_path(x, train_y, [best], num_classes=len(classes), start=start))
         bar.update()
     return LinearProbeResult(
@@ -206,7 +209,16 @@ def _standardize(fit: Tensor, other: Tensor, *, scale: bool) -> tuple[Tensor, Te
     return centred.mul_(factor), other.mul_(factor)
 
 
-def _features(x: Tensor, name: str) -> Tensor:
+def _reduced(fit: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in the span of the rows of `fit`, if these are fewer than their columns: no penalised solution leaves it."""
+    if fit.shape[1] <= len(fit):
+        return fit, other
+    basis = torch.linalg.qr(fit.T)[0]
+    return fit @ basis, other @ basis
+
+
+def _features(x: Rows, name: str) -> Tensor:
+    x = x[:]  # stored rows are read once: every step of the fit needs them all
     if x.ndim != 2 or 0 in x.shape:
         raise ValueError(f"{name} has shape {tuple(x.shape)}; expected [N, D], neither of them 0")
     x = x.detach().to(torch.float64 if x.dtype == torch.float64 else torch.float32)
@@ -217,13 +229,58 @@ def _features(x: Tensor, name: str) -> Tensor:
     return x
 
 
-def _labels(y: Tensor, x: Tensor, name: str) -> Tensor:
-    if y.is_floating_point() or y.shape != x.shape[:1]:
+def class_indices(train_y: Tensor, test_y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The labels that occur in training, ascending, and training and test labels as indices into them.
+
+    Raises:
+        ValueError: negative labels, one class alone, or test labels that training lacks.
+    """
+    for name, y in (("train", train_y), ("test", test_y)):
+        if negative := int((y < 0).sum()):
+            raise ValueError(f"{name}_y has {negative} negative labels (unlabelled rows?): leave those rows out")
+    classes, indices = train_y.long().unique(return_inverse=True)
+    if len(classes) < 2:
+        raise ValueError(f"train_y holds the one label {classes.item()}; a probe needs two classes or more")
+    unseen = test_y[~torch.isin(test_y, classes.to(test_y.device))].unique().tolist()
+    if unseen:
+        raise ValueError(f"test_y has labels that train_y lacks: {unseen[:10]}")
+    return classes, indices, torch.searchsorted(classes.to(test_y.device), test_y.long())
+
+
+def check_holdout(holdout: int, number: int) -> None:
+    if not 0 < holdout < number:
+        raise ValueError(f"holdout is {holdout}; of {number} training rows, hold out 1 to {number - 1}")
+
+
+def check_width(number: int, width: int) -> None:
+    """
+    Raises:
+        ValueError: logistic regression on [number, width] features would not fit into the memory.
+    """
+    if min(number, width) > MAX_WIDTH:
         raise ValueError(
-            f"{name}_y is {y.dtype} of shape {tuple(y.shape)}; expected integers [{len(x)}], one a row of {name}_x"
+            f"logistic regression on {number} rows of {width} features needs {MAX_WIDTH} at most of either: take "
+            "fewer features, as their principal components, or the paper's protocol"
         )
-    y = y.long().to(x.device)
-    negative = int((y < 0).sum())
-    if negative:
-        raise ValueError(f"{name}_y has {negative} negative labels (unlabelled rows?): leave those rows out")
-    return y
+
+
+def labelled_subset(labels: Tensor, fraction: float, *, seed: int = 0) -> Tensor:
+    """Numbers, ascending, of a share of the rows drawn at random from each class: rounded, and at least one a class.
+
+    A smaller share of the same seed is part of a larger one.
+
+    Args:
+        labels: integers [N], not negative.
+
+    Raises:
+        ValueError: `fraction` is not above 0 and at most 1.
+    """
+    if not 0 < fraction <= 1:
+        raise ValueError(f"a share of labels is {fraction}; give numbers above 0, at most 1 (0.01 for one percent)")
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    shuffled = labels.cpu()[order]
+    chosen = []
+    for label in labels.unique().tolist():
+        rows = order[shuffled == label]
+        chosen.append(rows[: max(1, round(fraction * len(rows)))])
+    return torch.cat(chosen).sort().values

@@ -128,7 +128,7 @@ def classifier_accuracy(model: Classifier, images: Tensor, labels: Tensor, *, ba
 def reconstruction_report(
     images: Tensor,
     labels: Tensor,
-    reconstruct: Callable[[Tensor], Tensor],
+    reconstruct: Callable[[Tensor], Tensor] | Tensor,
     features: Callable[[Tensor], Tensor] | None,
     classifier: Classifier,
     *,
@@ -144,7 +144,8 @@ def reconstruction_report(
     Args:
         images: [N, C, S, S], uint8 or float in [-1, 1]; N at least 2.
         labels: integers [N], true labels.
-        reconstruct: [B, C, S, S] in [-1, 1] to [B, C, R, R] in [-1, 1], R a divisor of S.
+        reconstruct: any function of [B, C, S, S] in [-1, 1] to [B, C, R, R] in [-1, 1], R a divisor of S; or finished
+            reconstructions [N, C, R, R], uint8 or float in [-1, 1], in the order of the images.
         features: [B, C, R, R] in [-1, 1] to [B, ...], or None to leave them out.
         classifier: put into eval mode; best trained on real images of side R.
         progress: show a bar on a terminal's stderr.
@@ -155,6 +156,8 @@ def reconstruction_report(
     _check(images, labels, classifier.num_classes)
     if min(len(images), batch_size) < 2:
         raise ValueError(f"{len(images)} images in batches of {batch_size}: random pairs need at least 2 of each")
+    if isinstance(reconstruct, Tensor) and len(reconstruct) != len(images):
+        raise ValueError(f"{len(reconstruct)} reconstructions of {len(images)} images; give one of each, in order")
     classifier.eval()
     device = next(classifier.parameters()).device
     totals = dict.fromkeys(("accuracy", "agreement", "l1", "mse", "pair_l1", "distance", "pair_distance"), 0.0)
@@ -162,7 +165,7 @@ def reconstruction_report(
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
     for index in tqdm(order.split(batch_size), desc="reconstruction", disable=None if progress else True):
         x, y = _to_float(images[index].to(device)), labels[index].to(device)
-        again = reconstruct(x).float()
+        again = _to_float(reconstruct[index].to(device)) if isinstance(reconstruct, Tensor) else reconstruct(x).float()
         x = _pool_like(again, x)
         label, new_label = classifier(x).argmax(1), classifier(again).argmax(1)
         kept += torch.bincount(y[new_label == y], minlength=len(kept)).cpu()

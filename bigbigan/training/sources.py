@@ -10,7 +10,7 @@ import logging
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,7 +81,7 @@ class ImageDataset:
     ) -> None:
         self.labels, self.class_names, self.digest = labels, class_names, digest
         self.sources, self.max_bad = sources, max_bad_fraction * len(sources)
-        self._unreadable, self._name = UnreadableImages(max_bad_fraction), name
+        self._unreadable, self.name = UnreadableImages(max_bad_fraction), name
 
     def __len__(self) -> int:
         return len(self.sources)
@@ -99,7 +99,7 @@ class ImageDataset:
         Raises:
             ValueError: more than `max_bad_fraction` of the dataset is unreadable.
         """
-        self._unreadable.add({i: f"{self._name(i)}: {reason}" for i, reason in decoded.bad.items()}, len(self))
+        self._unreadable.add({i: f"{self.name(i)}: {reason}" for i, reason in decoded.bad.items()}, len(self))
         if (decoded.used < 0).any():
             raise ValueError(f"none of the {len(self)} images can be read, such as {next(iter(self.bad.values()))}")
         self.labels[decoded.job.indices] = self.labels[decoded.used]
@@ -107,21 +107,28 @@ class ImageDataset:
 
     def subset(self, part: slice) -> ImageDataset:
         """The images of a slice, renumbered from 0."""
+        if max(part.start or 0, part.stop or 0) > len(self):
+            raise ValueError(f"{part.start or 0}:{part.stop or ''} was asked for, and there are {len(self)} images")
         numbers = range(*part.indices(len(self)))
         if not numbers or numbers.step != 1:
             asked = f"[{'' if part.start is None else part.start}:{'' if part.stop is None else part.stop}]"
             raise ValueError(f"{asked} leaves no images of {len(self)}, or is no plain range")
-        start, stop = numbers[0], numbers[-1] + 1
-        digest = hashlib.sha256(f"{self.digest}[{start}:{stop}]".encode()).hexdigest()
-        fraction, name = self.max_bad / len(self), self._name
-        sources = _Part(self.sources, start, stop)
+        return self._select(numbers, f"{numbers[0]}:{numbers[-1] + 1}")
+
+    def select(self, indices: Tensor) -> ImageDataset:
+        """These images [n] in this order, renumbered from 0."""
+        numbers = indices.cpu().numpy()
+        return self._select(numbers, hashlib.sha256(numbers.astype("<i8").tobytes()).hexdigest())
+
+    def _select(self, numbers: range | np.ndarray, what: str) -> ImageDataset:
+        name = self.name
         return ImageDataset(
-            sources,
-            self.labels[start:stop].clone(),
+            _Part(self.sources, numbers),
+            self.labels[torch.as_tensor(np.asarray(numbers))],
             self.class_names,
-            digest,
-            name=lambda index: name(start + index),
-            max_bad_fraction=fraction,
+            hashlib.sha256(f"{self.digest}[{what}]".encode()).hexdigest(),
+            name=lambda index: name(int(numbers[index])),
+            max_bad_fraction=self.max_bad / len(self),
         )
 
     def uint8(self, index: int, config: PreprocessConfig, channels: int) -> np.ndarray:
@@ -149,6 +156,15 @@ class ImageDataset:
             images[number * CHUNK :][: len(decoded.images)] = self.accept(decoded)
         return images
 
+    def batches(
+        self, config: PreprocessConfig, channels: int, *, size: int, start: int = 0, workers: int = 0
+    ) -> Iterator[Tensor]:
+        """Images [size, C, S, S] uint8, of the last batch the rest, in order from `start` on, as `uint8` gives them."""
+        stops = range(start + size, len(self) + size, size)
+        jobs = (Job(np.arange(stop - size, min(stop, len(self)))) for stop in stops)
+        for decoded in decode_jobs(self.decoder(config, channels), jobs, min(workers, len(stops) // 2)):
+            yield self.accept(decoded)
+
     def decode_all(
         self, config: PreprocessConfig, channels: int, *, max_bytes: int = MAX_BYTES, workers: int = 0
     ) -> Tensor:
@@ -170,16 +186,16 @@ class ImageDataset:
 
 
 class _Part(Sequence[Source]):
-    """A range of sources, read when asked for."""
+    """Some of the sources, read when asked for."""
 
-    def __init__(self, sources: Sequence[Source], start: int, stop: int) -> None:
-        self.sources, self.start, self.stop = sources, start, stop
+    def __init__(self, sources: Sequence[Source], numbers: range | np.ndarray) -> None:
+        self.sources, self.numbers = sources, numbers
 
     def __len__(self) -> int:
-        return self.stop - self.start
+        return len(self.numbers)
 
     def __getitem__(self, index: Any) -> Any:
-        return self.sources[self.start + range(len(self))[index]]
+        return self.sources[int(self.numbers[index])]
 
 
 def open_dataset(path: str | Path, **options: Any) -> ImageDataset:

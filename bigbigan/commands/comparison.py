@@ -1,0 +1,335 @@
+"""What `evaluate linear` and `knn` measure: labelled splits, and the features of every representation on them."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from bigbigan.commands.options import choose_device, names, positive
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from bigbigan.config import PreprocessConfig
+    from bigbigan.evaluation.representations import Representation
+    from bigbigan.evaluation.rows import Rows
+    from bigbigan.model import BigBiGAN
+    from bigbigan.training.data import ImageDataset
+
+STANDING_PASSES, STANDING_BATCH = 100, 64  # as in the training recipes
+MAX_DECODED = 1 << 30  # bytes of a split's decoded images that are kept; larger ones are decoded again when asked for
+
+COMPARE = """\
+SPEC of --compare, each a row (or several) of the same table:
+  pixels, pca:64       the model's input, and its 64 principal components over the training split
+  untrained            the model's architecture before training, with initial and with estimated statistics
+  supervised[:EPOCHS]  a small network trained on all training labels: last hidden layer, and own accuracy
+  timm:NAME            a pretrained encoder of timm
+  hf:ORG/NAME[@REV]    one of transformers: pooled output; with :cls the first token, with :mean that of all
+  file:TRAIN,TEST      features in .npz, .npy, .safetensors or .parquet, a row an image, in their order
+  NAME                 another model of this package: a name, a model folder, or org/name[@REV]
+Each encoder gets the images under its own preprocessing.
+"""
+
+Spec = tuple[str, str]
+
+
+def spec(text: str) -> Spec:
+    """Kind and argument of a SPEC."""
+    kind, _, rest = text.partition(":")
+    if text in ("pixels", "untrained", "supervised"):
+        return text, ""
+    if kind in ("pca", "supervised"):
+        if not rest.isdecimal() or int(rest) < 1:
+            raise argparse.ArgumentTypeError(f"{text!r}: give a number, as {kind}:{8 if kind == 'supervised' else 64}")
+        return kind, rest
+    if kind in ("timm", "hf", "file"):
+        if not rest or (kind == "file" and len(rest.split(",")) != 2):
+            raise argparse.ArgumentTypeError(f"{text!r}: give timm:NAME, hf:ORG/NAME or file:TRAIN,TEST")
+        return kind, rest
+    return "model", text
+
+
+spec.__name__ = "SPEC"
+
+
+def add_feature_options(parser: argparse.ArgumentParser, default: str) -> None:
+    parser.add_argument(
+        "--features",
+        type=names,
+        default=default,
+        metavar="LIST",
+        help="encoder outputs, with commas between (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--compare", type=spec, action="append", default=[], metavar="SPEC", help="also measure this; repeatable"
+    )
+    parser.add_argument("--baselines", action="store_true", help="--compare untrained --compare pixels")
+    parser.add_argument(
+        "--crelu",
+        action="store_true",
+        help="what is compared also as BN+CReLU, normalised by its training features (models have bn_crelu_feat)",
+    )
+    parser.add_argument(
+        "--feature-cache",
+        metavar="FOLDER",
+        help="keep features there, and read them piece by piece: for sets larger than the memory, and to compute "
+        "them once (default: in memory, since they may be larger than a home folder should become)",
+    )
+    parser.add_argument(
+        "--batch-size", type=positive, default=256, metavar="N", help="encoded at a time (default: 256)"
+    )
+    parser.add_argument(
+        "--workers", type=positive, default=2, metavar="N", help="processes that decode images (default: %(default)s)"
+    )
+
+
+class SplitImages:
+    """A split under one preprocessing: an `ImageSource`."""
+
+    def __init__(self, dataset: ImageDataset, config: PreprocessConfig, channels: int, size: int, workers: int) -> None:
+        self.dataset, self.digest = dataset, dataset.digest
+        self._config, self._channels, self._size, self._workers = config, channels, size, workers
+        self.small = dataset.decoded_bytes(config, channels) <= MAX_DECODED
+
+    @property
+    def bad(self) -> Mapping[int, str]:
+        return self.dataset.bad
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def batches(self, start: int) -> Iterator[Tensor]:
+        if self.small:
+            return iter(self.decoded[start:].split(self._size))
+        return self.dataset.batches(self._config, self._channels, size=self._size, start=start, workers=self._workers)
+
+    def read_again(self, numbers: Iterable[int]) -> None:
+        if numbers := sorted(numbers):
+            self.dataset.decode(numbers, self._config, self._channels)
+
+    @functools.cached_property
+    def decoded(self) -> Tensor:
+        """All of it, [N, C, S, S] uint8."""
+        return self.dataset.decode_all(self._config, self._channels, workers=self._workers)
+
+
+class Splits:
+    """The labelled training and test split.
+
+    Raises:
+        ValueError: no such split, images without label, one class alone, or test classes that training lacks.
+    """
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.train = _open_labelled(arguments.data, arguments.train_split)
+        self.test = _open_labelled(arguments.data, arguments.test_split)
+        known = set(self.train.labels.tolist())
+        if len(known) < 2:
+            raise ValueError(
+                f"{arguments.data}: all {len(self.train)} images of {arguments.train_split} have the one label "
+                f"{known.pop()}; give images of two classes or more"
+            )
+        if unseen := sorted(set(self.test.labels.tolist()) - known):
+            raise ValueError(
+                f"{arguments.data}: {arguments.test_split} has labels that {arguments.train_split} lacks: "
+                f"{unseen[:10]}; choose other splits, or leave these images out"
+            )
+        self._size, self._workers = arguments.batch_size, arguments.workers
+        # A few: baselines share the model's preprocessing, but no sum of all decoded images should fill the memory.
+        self.images = functools.lru_cache(maxsize=4)(self._images)
+
+    def _images(self, part: str, config: PreprocessConfig, channels: int) -> SplitImages:
+        return SplitImages(getattr(self, part), config, channels, self._size, self._workers)
+
+
+def _open_labelled(path: str, split: str) -> ImageDataset:
+    from bigbigan.training.data import open_dataset
+
+    dataset = open_dataset(path, split=split)
+    unlabelled = (dataset.labels < 0).nonzero().flatten().tolist()
+    if unlabelled:
+        raise ValueError(
+            f"{path}: {len(unlabelled)} of {len(dataset)} images of {split} have no label, the first is "
+            f"{dataset.name(unlabelled[0])}; give images in a folder a class, or rows with labels from 0"
+        )
+    return dataset
+
+
+@dataclass
+class Measured:
+    """One representation, and its features on both splits, by output."""
+
+    name: str
+    digest: str
+    train: dict[str, Rows]
+    test: dict[str, Rows]
+    representation: Representation | None = None  # of images; None for files
+    derived: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = field(default_factory=dict)  # BN+CReLU: of what, how
+    own_accuracy: float | None = None  # of a network with a classifier of its own
+
+    def features(self, images: Tensor) -> dict[str, Tensor]:
+        """Of a batch in [-1, 1], by the outputs of `train`."""
+        assert self.representation is not None
+        found = self.representation.features(images)
+        return found | {name: function(found[output]) for name, (output, function) in self.derived.items()}
+
+
+def measured(arguments: argparse.Namespace, model: BigBiGAN, splits: Splits) -> Iterator[Measured]:
+    """The model's features, then those of each --compare. All are opened before the first is computed."""
+    from bigbigan.evaluation.representations import model_features
+
+    specs: list[Spec] = [*arguments.compare, *([("untrained", ""), ("pixels", "")] if arguments.baselines else [])]
+    own = model_features(model, arguments.features, batch_size=arguments.batch_size)
+    opened = [_open(kind, rest, arguments, model, splits) for kind, rest in dict.fromkeys(specs)]
+    yield _computed(own, arguments, splits)
+    for (kind, _), rows in zip(dict.fromkeys(specs), opened, strict=True):
+        for found in rows():
+            if arguments.crelu and kind not in ("model", "untrained"):
+                _add_crelu(found)
+            yield found
+
+
+def _add_crelu(found: Measured) -> None:
+    from bigbigan.evaluation.rows import StoredRows, fit_bn_crelu
+
+    for output in list(found.train):
+        function, name = fit_bn_crelu(found.train[output]), f"{output}, BN+CReLU"
+        found.derived[name] = output, function
+        for rows in (found.train, found.test):
+            before = rows[output]
+            rows[name] = before.map(function) if isinstance(before, StoredRows) else function(before)
+
+
+def _computed(
+    representation: Representation, arguments: argparse.Namespace, splits: Splits, own_accuracy: float | None = None
+) -> Measured:
+    from bigbigan.evaluation.cache import compute_features
+
+    train, test = (
+        compute_features(
+            representation,
+            splits.images(part, representation.preprocess, representation.channels),
+            cache=arguments.feature_cache,
+            progress=not arguments.quiet,
+        )
+        for part in ("train", "test")
+    )
+    return Measured(representation.name, representation.digest, train, test, representation, own_accuracy=own_accuracy)
+
+
+def _open(
+    kind: str, rest: str, arguments: argparse.Namespace, model: BigBiGAN, splits: Splits
+) -> Callable[[], Iterator[Measured]]:
+    """What computes the rows of a SPEC, once everything that it names is found."""
+    from bigbigan import hub
+    from bigbigan.evaluation.adapters import huggingface_features, timm_features
+    from bigbigan.evaluation.linear_probe import check_width
+    from bigbigan.evaluation.representations import model_features, pixels
+
+    config, channels = model.config.preprocess, model.config.image_channels
+    if kind == "file":
+        found = _files(rest, arguments, splits)
+        return lambda: iter([found])
+    if kind in ("untrained", "pca", "supervised"):
+        make = {"untrained": _untrained, "pca": _pca, "supervised": _supervised}[kind]
+        return lambda: make(rest, arguments, model, splits)
+    device = choose_device(arguments.device)
+    if kind == "pixels":
+        if getattr(arguments, "probe", None) == "logistic":  # else hours might be lost before it is noticed
+            check_width(len(splits.train), channels * config.resolution**2)
+        representation = pixels(config, channels)
+    elif kind == "timm":
+        representation = timm_features(rest, device=device)
+    elif kind == "hf":
+        name, _, pooling = rest.partition(":")
+        name, _, revision = name.partition("@")
+        representation = huggingface_features(
+            name, pooling=pooling or "pooled", revision=revision or None, device=device
+        )
+    else:
+        other = hub.load(rest, parts=("encoder",), device=device)
+        representation = model_features(other, arguments.features, name=rest, batch_size=arguments.batch_size)
+    return lambda: iter([_computed(representation, arguments, splits)])
+
+
+def _files(rest: str, arguments: argparse.Namespace, splits: Splits) -> Measured:
+    from bigbigan.evaluation.feature_files import file_digest, read_features
+
+    paths = rest.split(",")
+    train, test = (read_features(paths[i], rows=len(part)) for i, part in enumerate((splits.train, splits.test)))
+    wanted = [name for name in arguments.features if name in train] or list(train)
+    for name in wanted:
+        if name not in test or test[name].shape[1] != train[name].shape[1]:
+            there = f"{test[name].shape[1]} wide" if name in test else "absent"
+            raise ValueError(f"{name} is {train[name].shape[1]} wide in {paths[0]} and {there} in {paths[1]}; "
+                             "give files of the same features")  # fmt: skip
+    return Measured(
+        f"file:{paths[0]}",
+        file_digest(*paths),
+        {name: train[name] for name in wanted},
+        {name: test[name] for name in wanted},
+    )
+
+
+def _untrained(_: str, arguments: argparse.Namespace, model: BigBiGAN, splits: Splits) -> Iterator[Measured]:
+    from bigbigan import create_model
+    from bigbigan.evaluation.representations import model_features
+    from bigbigan.training.batches import Images
+    from bigbigan.training.export import standing_statistics
+
+    untrained = create_model(model.config, parts=("encoder",), seed=arguments.seed)
+    for statistics in ("initial", "estimated"):
+        if statistics == "estimated":
+            config, channels = model.config.preprocess, model.config.image_channels
+            images = splits.images("train", config, channels)
+            standing_statistics(  # as export does, on the CPU
+                untrained.cpu(),
+                images.decoded
+                if images.small
+                else Images(splits.train, config, channels, in_memory=False, workers=arguments.workers),
+                STANDING_PASSES,
+                STANDING_BATCH,
+            )
+        name = f"untrained encoder, {statistics} statistics"
+        options = {"name": name, "batch_size": arguments.batch_size}
+        yield _computed(model_features(untrained.to(model.device), arguments.features, **options), arguments, splits)
+
+
+def _pca(components: str, arguments: argparse.Namespace, model: BigBiGAN, splits: Splits) -> Iterator[Measured]:
+    from bigbigan.evaluation.representations import principal_components
+
+    config, channels = model.config.preprocess, model.config.image_channels
+    images = splits.images("train", config, channels)
+    yield _computed(
+        principal_components(images.batches(0), int(components), config, channels, data_digest=images.digest),
+        arguments,
+        splits,
+    )
+
+
+def _supervised(epochs: str, arguments: argparse.Namespace, model: BigBiGAN, splits: Splits) -> Iterator[Measured]:
+    from torch import nn
+
+    from bigbigan.evaluation.reconstruction import classifier_accuracy, train_classifier
+    from bigbigan.evaluation.representations import module_features
+
+    config, channels = model.config.preprocess, model.config.image_channels
+    train, test = (splits.images(part, config, channels).decoded for part in ("train", "test"))
+    classifier = train_classifier(
+        train.to(model.device),
+        splits.train.labels,
+        num_classes=int(splits.train.labels.max()) + 1,
+        epochs=int(epochs or 8),
+        seed=arguments.seed,
+        progress=not arguments.quiet,
+    )
+    trunk = nn.Sequential(*list(classifier)[:-1])
+    half = (0.5,) * channels
+    features = module_features(
+        trunk, config, mean=half, std=half, name="supervised network", output="last hidden layer"
+    )
+    yield _computed(features, arguments, splits, classifier_accuracy(classifier, test, splits.test.labels))

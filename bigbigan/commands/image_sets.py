@@ -1,0 +1,223 @@
+"""Sets of images as uint8 batches: data sets, samples of any model in files, and samples of ours."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import argparse
+
+    import numpy as np
+    from torch import Tensor
+
+    from bigbigan.config import PreprocessConfig
+    from bigbigan.model import BigBiGAN
+    from bigbigan.training.sources import ImageDataset
+
+BATCH = 64
+ARRAYS = (".npz", ".npy")
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """`batches` yields uint8 [B, channels, side, side] of `count` images in all; `facts` are for the record."""
+
+    count: int
+    channels: int
+    side: int
+    batches: Callable[[], Iterator[Tensor]]
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+def dataset_images(
+    dataset: ImageDataset, preprocess: PreprocessConfig, channels: int, side: int, *, workers: int = 0
+) -> ImageSet:
+    """A data set under evaluation preprocessing, mean-pooled to `side`.
+
+    Raises:
+        ValueError: `side` does not divide the resolution of the preprocessing.
+    """
+    if preprocess.resolution % side:
+        raise ValueError(
+            f"reference images of {preprocess.resolution} pixels cannot be pooled to samples of {side}; "
+            "choose a --model that reads images at a multiple of it"
+        )
+
+    def batches() -> Iterator[Tensor]:
+        for images in dataset.batches(preprocess, channels, size=BATCH, workers=workers):
+            yield pooled(images, side)
+
+    return ImageSet(len(dataset), channels, side, batches)
+
+
+def pooled(images: Tensor, side: int) -> Tensor:
+    """uint8 [N, C, S, S] mean-pooled to `side`, as the discriminator and reports of reconstructions pool originals."""
+    import torch
+    from torch.nn.functional import adaptive_avg_pool2d
+
+    if images.shape[-1] == side:
+        return images
+    return torch.cat([adaptive_avg_pool2d(chunk.float(), side).round().byte() for chunk in images.split(256)])
+
+
+def generated_images(model: BigBiGAN, arguments: argparse.Namespace, count: int) -> ImageSet:
+    """Samples of our model, rounded to uint8 as in a picture; the i-th depends on the seed and i alone."""
+    import torch
+
+    from bigbigan.images import to_uint8
+
+    config = model.part("generator").config
+
+    def batches() -> Iterator[Tensor]:
+        size = arguments.batch_size
+        for start in range(0, count, size):
+            z = model.sample_latents(
+                min(size, count - start),
+                seed=arguments.seed,
+                start=start,
+                truncation=arguments.truncation,
+                truncation_mode=arguments.truncation_mode,
+            )
+            yield torch.from_numpy(to_uint8(model.generate(z, batch_size=size))).permute(0, 3, 1, 2)
+
+    return ImageSet(count, config.image_channels, config.resolution, batches)
+
+
+def given_images(path: str, number: int | None = None, seed: int = 0) -> ImageSet:
+    """Square images of one size in a folder, Parquet, `.npz` or `.npy`: all, or `number` at random.
+
+    Arrays are uint8 [N, S, S, C] or [N, S, S]; a `.npz` holds one, or it is called arr_0, images or samples.
+
+    Raises:
+        ValueError: another kind of file or array, fewer than `number` images, or an image of another size.
+    """
+    import torch
+
+    read = _array(Path(path)) if Path(path).suffix in ARRAYS else _files(path)
+    if number is not None and number > read.count:
+        raise ValueError(f"{path} holds {read.count} images, and {number} are asked for; lower --number")
+    count = read.count if number is None else number
+    order = torch.randperm(read.count, generator=torch.Generator().manual_seed(seed))[:count].sort().values.tolist()
+
+    def batches() -> Iterator[Tensor]:
+        for start in range(0, count, BATCH):
+            yield torch.from_numpy(read.at(order[start : start + BATCH])).permute(0, 3, 1, 2)
+
+    return ImageSet(count, read.channels, read.side, batches, {"digest": read.digest, "images": read.count})
+
+
+@dataclass(frozen=True)
+class _Stored:
+    count: int
+    channels: int
+    side: int
+    digest: str
+    at: Callable[[list[int]], np.ndarray]  # indices to [B, side, side, channels]
+
+
+def _array(path: Path) -> _Stored:
+    import numpy as np
+
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    try:
+        content = np.load(path, mmap_mode="r", allow_pickle=False)
+        if path.suffix == ".npz":
+            names = [name for name in ("arr_0", "images", "samples") if name in content.files]
+            if len(content.files) != 1 and not names:
+                raise ValueError(f"it holds {', '.join(content.files)}; call the images arr_0")
+            content = content[(names or content.files)[0]]
+    except (ValueError, OSError, EOFError) as error:
+        raise ValueError(f"{path} is no readable array of images: {error}") from error
+    shape = content.shape if content.ndim == 4 else (*content.shape, 1)
+    if content.dtype != np.uint8 or len(shape) != 4 or shape[1] != shape[2] or shape[3] not in (1, 3) or not shape[0]:
+        raise ValueError(
+            f"{path} holds {content.dtype} {list(content.shape)}; give uint8 [N, S, S, 1 or 3] or [N, S, S]"
+        )
+
+    def at(rows: list[int]) -> np.ndarray:
+        return np.array(content[rows]).reshape(-1, *shape[1:])
+
+    return _Stored(shape[0], shape[3], shape[1], digest.hexdigest(), at)
+
+
+def _files(path: str) -> _Stored:
+    from PIL import Image
+
+    from bigbigan.config import PreprocessConfig
+    from bigbigan.images import FORMATS, read_image
+    from bigbigan.training.sources import open_dataset
+
+    dataset = open_dataset(path, label_column=None, max_bad_fraction=0)
+
+    def picture(index: int) -> Image.Image:
+        source = dataset.sources[index]
+        return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS)  # type: ignore[arg-type]
+
+    dataset.decode([0], PreprocessConfig(2, crop="none"), 3)  # whether it can be read
+    first = read_image(picture(0))
+    side, channels = first.width, 1 if first.mode == "L" else 3
+    config = PreprocessConfig(side, crop="none")
+
+    def at(rows: list[int]) -> np.ndarray:
+        images = dataset.decode(rows, config, channels)
+        for index in rows:  # scaled in silence otherwise
+            with picture(index) as header:
+                if header.size != (side, side):
+                    raise ValueError(
+                        f"{dataset.name(index)}: {header.width} x {header.height} pixels, and the first has "
+                        f"{first.width} x {first.height}; samples are squares of one size"
+                    )
+        return images.permute(0, 2, 3, 1).numpy()
+
+    return _Stored(len(dataset), channels, side, dataset.digest, at)
+
+
+def row_names(data: str, split: str, dataset: ImageDataset) -> list[str]:
+    """What each image of a split is called without its suffix: its path in the split's folder, or 000000, 000001, …"""
+    if not isinstance(dataset.sources[0], Path):
+        return [f"{index:06d}" for index in range(len(dataset))]
+    folder = Path(data) / split.partition("[")[0]
+    root = folder if folder.is_dir() else Path(data)
+    paths = (Path(dataset.name(index)) for index in range(len(dataset)))
+    return [path.relative_to(root).with_suffix("").as_posix() for path in paths]
+
+
+def named_images(folder: Path, names: list[str]) -> Tensor:
+    """uint8 [N, C, S, S] of the pictures in a folder that have these names, apart from their suffix.
+
+    Raises:
+        ValueError: one is missing or there twice, or not a square of the first one's size.
+    """
+    import numpy as np
+    import torch
+
+    from bigbigan.images import list_images, read_image
+
+    found: dict[str, Path] = {}
+    for path in list_images(folder):
+        name = path.relative_to(folder).with_suffix("").as_posix()
+        if name in found:
+            raise ValueError(f"{found[name]} and {path} have the same name; leave one of them")
+        found[name] = path
+    if missing := [name for name in names if name not in found]:
+        raise ValueError(
+            f"{folder} lacks {len(missing)} of {len(names)} pictures, such as {missing[0]}.png; "
+            f"it holds {len(found)}, such as {next(iter(found.values()))}"
+        )
+    first = read_image(found[names[0]])
+    images = np.empty((len(names), *first.size, len(first.getbands())), np.uint8)
+    for row, name in zip(images, names, strict=True):
+        picture = read_image(found[name])
+        if picture.size != (first.width, first.width):
+            size = f"{picture.width} x {picture.height}"
+            raise ValueError(f"{found[name]}: {size} pixels; squares of one size, here {first.width}, are needed")
+        row[:] = np.asarray(picture.convert(first.mode)).reshape(row.shape)
+    return torch.from_numpy(images).permute(0, 3, 1, 2)

@@ -1,0 +1,229 @@
+"""`evaluate retrieval`: the nearest neighbours of images, as a picture and as figures."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bigbigan.commands.image_sets import BATCH
+from bigbigan.commands.options import (
+    Commands,
+    add_command,
+    add_model_options,
+    check_picture,
+    markdown_table,
+    open_model,
+    positive,
+)
+from bigbigan.commands.records import DATA, ENDING, add_record_option, make_record, print_record
+
+if TYPE_CHECKING:
+    from PIL import Image
+    from torch import Tensor
+
+    from bigbigan.evaluation.rows import Rows
+    from bigbigan.model import BigBiGAN
+
+LISTED = 100  # queries whose neighbours the record names
+
+
+def add_retrieval(protocols: Commands) -> None:
+    parser = add_command(
+        protocols,
+        "retrieval",
+        _retrieval,
+        "nearest images by features: a picture, and precision@k where there are labels\n\n"
+        "Finds for each query the nearest images of a split, exactly. Queries are image files, another split\n"
+        "(--query-split), or without either the images of the split themselves. A query that is in the split is left\n"
+        "out of its own neighbours. The picture has a row a query: the query, then its neighbours, nearest first.\n\n"
+        "Features come from --model, or of the split from a file that `bigbigan encode` wrote (--features): then\n"
+        "--data is the folder that was encoded, and the class of an image is its first folder.\n" + DATA,
+        "Example: bigbigan evaluate retrieval cat.jpg dog.jpg --data photos/ -o neighbours.png\n"
+        "         bigbigan evaluate retrieval --data data/fashion_mnist --query-split test --k 1 10\n" + ENDING,
+    )
+    parser.add_argument("queries", nargs="*", metavar="QUERY", help="image files")
+    parser.add_argument("--data", required=True, metavar="PATH", help="the images to choose from")
+    parser.add_argument("--split", default="train", help="(default: %(default)s)")
+    parser.add_argument("--query-split", metavar="SPLIT", help="all images of another split of --data as queries")
+    parser.add_argument("--features", metavar="FILE", help="those of --data: .npz, .safetensors or .parquet")
+    parser.add_argument(
+        "--feature", default="avepool_feat", metavar="NAME", help="encoder output (default: %(default)s)"
+    )
+    parser.add_argument("--metric", choices=("cosine", "l2"), default="cosine", help="(default: %(default)s)")
+    parser.add_argument("--k", type=positive, nargs="+", default=[10], metavar="K", help="neighbours (default: 10)")
+    parser.add_argument("--keep-query", action="store_true", help="leave a query among its neighbours")
+    parser.add_argument("-o", "--output", metavar="PICTURE", help=".png, .jpg or .webp")
+    parser.add_argument(
+        "--rows", type=positive, default=8, metavar="N", help="queries in the picture (default: %(default)s)"
+    )
+    add_record_option(parser)
+    add_model_options(parser)
+
+
+@dataclass(frozen=True)
+class _Images:
+    """Features of images and what is known of them; `draw` gives some of them [N, C, S, S] uint8."""
+
+    rows: Rows
+    labels: Tensor  # [N], -1 unknown
+    name: Callable[[int], str]
+    draw: Callable[[Sequence[int]], Tensor]
+    facts: dict[str, Any]
+
+
+def _retrieval(arguments: argparse.Namespace) -> int:
+    import torch
+
+    from bigbigan.evaluation.retrieval import precision_at, retrieve
+
+    if arguments.output:
+        check_picture(arguments.output, list(map(Path, arguments.queries)))
+    if arguments.queries and arguments.query_split:
+        raise ValueError("give QUERY files or --query-split, not both")
+    if arguments.features and arguments.query_split:
+        raise ValueError("--features holds one set of images; give QUERY files, or none")
+    model = open_model(arguments, ("encoder",))
+    gallery = _stored(arguments, model) if arguments.features else _split(arguments, model, arguments.split)
+    if arguments.queries:
+        queries, own = _files(arguments, model, gallery)
+    elif arguments.query_split:
+        queries = _split(arguments, model, arguments.query_split)
+        same = queries.facts["digest"] == gallery.facts["digest"]
+        own = torch.arange(len(queries.rows)) if same else torch.full((len(queries.rows),), -1)
+    else:
+        queries, own = gallery, torch.arange(len(gallery.rows))
+    ks, progress = sorted(set(arguments.k)), not arguments.quiet
+    left_out = None if arguments.keep_query else own
+    distances, indices = retrieve(
+        gallery.rows, queries.rows, max(ks), metric=arguments.metric, own=left_out, progress=progress
+    )
+    row = {"representation": model.info.name or "model", "feature": arguments.feature, "metric": arguments.metric}
+    rows: list[dict[str, Any]] = [{**row, "num_queries": len(queries.rows)}]
+    labelled = queries.labels >= 0
+    if labelled.any() and (gallery.labels >= 0).all():
+        found = precision_at(indices[labelled], gallery.labels, queries.labels[labelled], ks)
+        rows = [{**row, "k": k, "precision": value, "num_queries": int(labelled.sum())} for k, value in found.items()]
+    rows[0]["neighbours"] = [
+        {
+            "query": queries.name(i),
+            "names": [gallery.name(j) for j in indices[i].tolist()],
+            "distances": [round(d, 7) for d in distances[i].tolist()],
+        }
+        for i in range(min(LISTED, len(queries.rows)))
+    ]
+    header = ("Representation", "Feature", "Metric", "k", "Precision %")
+    cells = [
+        (*row.values(), str(r.get("k", "-")), f"{100 * r['precision']:.2f}" if "precision" in r else "-") for r in rows
+    ]
+    protocol = {
+        "name": "retrieval",
+        "search": "exact",
+        "query": "among its neighbours" if arguments.keep_query else "left out of its neighbours",
+    }
+    record = make_record(model, protocol, gallery=gallery.facts, queries=queries.facts, results=rows)
+    print_record(arguments, markdown_table(header, cells), record)
+    if arguments.output:
+        _save_picture(arguments, gallery, queries, indices)
+    return 0
+
+
+def _split(arguments: argparse.Namespace, model: BigBiGAN, split: str) -> _Images:
+    import torch
+    from tqdm import tqdm
+
+    from bigbigan.evaluation.features import extract_features
+    from bigbigan.training.sources import open_dataset
+
+    dataset = open_dataset(arguments.data, split=split)
+    config, channels, name = model.config.preprocess, model.config.image_channels, arguments.feature
+    with tqdm(total=len(dataset), desc=split, unit="img", disable=True if arguments.quiet else None) as bar:
+        parts = []
+        for images in dataset.batches(config, channels, size=BATCH):
+            parts.append(extract_features(model, images, [name], batch_size=BATCH)[name])
+            bar.update(len(images))
+    facts = {"digest": dataset.digest, "images": len(dataset), "unreadable": len(dataset.bad), "split": split}
+    return _Images(
+        torch.cat(parts),
+        dataset.labels,
+        dataset.name,
+        lambda indices: dataset.decode(indices, config, channels),
+        facts,
+    )
+
+
+def _stored(arguments: argparse.Namespace, model: BigBiGAN) -> _Images:
+    """The rows of a feature file; the pictures lie in --data under their names."""
+    from bigbigan.evaluation.feature_files import file_digest, read_features
+    from bigbigan.evaluation.retrieval import feature_names, labels_of
+
+    path, root = Path(arguments.features), Path(arguments.data)
+    features, names = read_features(path), feature_names(path)
+    if arguments.feature not in features:
+        raise ValueError(f"{path} has no {arguments.feature}; it has {', '.join(features)}")
+    return _Images(
+        features[arguments.feature],
+        labels_of(names),
+        names.__getitem__,
+        lambda indices: _read(model, [root / names[index] for index in indices]),
+        {"digest": file_digest(path), "images": len(names), "features": path.name},
+    )
+
+
+def _files(arguments: argparse.Namespace, model: BigBiGAN, gallery: _Images) -> tuple[_Images, Tensor]:
+    """The query files, and which images of the gallery they are."""
+    import hashlib
+
+    import torch
+
+    files = list(map(Path, arguments.queries))
+    images = _read(model, files)
+    rows = model.encode(images.float() / 127.5 - 1, seed=0)[arguments.feature].float().cpu()
+    if rows.shape[1] != gallery.rows.shape[1]:
+        raise ValueError(
+            f"{arguments.features} has {gallery.rows.shape[1]} values a row and the model gives {rows.shape[1]}: "
+            "name the --model that wrote it"
+        )
+    known = {_where(arguments, gallery.name(index)): index for index in range(len(gallery.rows))}
+    own = torch.tensor([known.get(file.resolve(), -1) for file in files])
+    labels = torch.where(own >= 0, gallery.labels[own], -1)
+    digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+    facts = {"digest": digest, "images": len(files)}
+    return _Images(rows, labels, lambda index: str(files[index]), lambda indices: images[list(indices)], facts), own
+
+
+def _where(arguments: argparse.Namespace, name: str) -> Path:
+    return (Path(arguments.data) / name if arguments.features else Path(name)).resolve()
+
+
+def _read(model: BigBiGAN, files: list[Path]) -> Tensor:
+    """uint8 [N, C, S, S] as the encoder sees them."""
+    return (model.preprocess(files) + 1).mul(127.5).round().byte().cpu()
+
+
+def _save_picture(arguments: argparse.Namespace, gallery: _Images, queries: _Images, indices: Tensor) -> None:
+    from bigbigan.images import save_image
+
+    shown = range(min(arguments.rows, len(queries.rows)))
+    chosen = indices[: len(shown)].flatten().tolist()
+    save_image(draw_neighbours(queries.draw(shown), gallery.draw(chosen)), arguments.output)
+
+
+def draw_neighbours(queries: Tensor, neighbours: Tensor) -> Image.Image:
+    """Queries [M, C, S, S] uint8, each left of its row of neighbours [M k, C, S, S], with space between."""
+    from PIL import Image
+
+    from bigbigan.grids import enlargement, make_grid
+
+    columns, scale = len(neighbours) // len(queries), enlargement(queries)
+    left, right = (
+        make_grid(images.float() / 127.5 - 1, number, scale=scale)
+        for images, number in ((queries, 1), (neighbours, columns))
+    )
+    space = left.width // 4
+    picture = Image.new(left.mode, (left.width + space + right.width, left.height), "white")
+    picture.paste(left, (0, 0))
+    picture.paste(right, (left.width + space, 0))
+    return picture

@@ -1,0 +1,208 @@
+"""Features of a set of images, in one pass: in memory, or in a cache on the disk that a kill leaves usable."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from bigbigan.config import to_dict
+from bigbigan.evaluation.representations import Representation
+from bigbigan.evaluation.rows import Rows, StoredRows
+from bigbigan.files import atomic_write, sync
+
+MAX_BYTES = 8 << 30  # of features in memory
+PIECE_ROWS = 1024  # what a kill may cost
+
+
+class ImageSource(Protocol):
+    """Images under one preprocessing, read in order, never all of them at once.
+
+    Attributes:
+        digest: of the images.
+        bad: numbers of images that could not be read and were replaced, with reasons, as far as they were met.
+    """
+
+    digest: str
+
+    @property
+    def bad(self) -> Mapping[int, str]: ...
+
+    def __len__(self) -> int: ...
+
+    def batches(self, start: int) -> Iterator[Tensor]:
+        """Images [B, C, S, S] uint8 from number `start` on."""
+
+    def read_again(self, numbers: Iterable[int]) -> None:
+        """Meets these unreadable images, where features that are kept spared reading them."""
+
+
+@dataclass
+class TensorImages:
+    """Images [N, C, S, S] uint8 in memory as an `ImageSource`."""
+
+    images: Tensor
+    digest: str = ""
+    batch_size: int = 256
+
+    def __post_init__(self) -> None:
+        if self.images.dtype != torch.uint8 or self.images.ndim != 4 or not len(self.images):
+            raise ValueError(f"images are {self.images.dtype} {list(self.images.shape)}; expected uint8 [N, C, S, S]")
+        if not self.digest:
+            shape = json.dumps(list(self.images.shape)).encode()
+            self.digest = hashlib.sha256(shape + self.images.contiguous().numpy().tobytes()).hexdigest()
+
+    @property
+    def bad(self) -> Mapping[int, str]:
+        return {}
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def batches(self, start: int) -> Iterator[Tensor]:
+        return iter(self.images[start:].split(self.batch_size))
+
+    def read_again(self, numbers: Iterable[int]) -> None:
+        assert not list(numbers)
+
+
+def compute_features(
+    representation: Representation,
+    images: ImageSource,
+    *,
+    cache: str | os.PathLike[str] | None = None,
+    progress: bool = False,
+) -> dict[str, Rows]:
+    """Features [N, D] float32 of all images, by output.
+
+    With `cache`, a folder, they are written to the disk as they are computed and read from there when indexed; the
+    next call for the same weights, images, preprocessing and output computes nothing, one after a kill only the rest.
+
+    Raises:
+        ValueError: features that are not finite rows, or too large for the memory.
+    """
+    if cache is None:
+        return dict(_in_memory(representation, images, progress))
+    entry = {
+        "format": 1,
+        "representation": representation.digest,
+        "images": images.digest,
+        "number": len(images),
+        "preprocessing": to_dict(representation.preprocess),
+        "channels": representation.channels,
+    }
+    folder = Path(cache) / hashlib.sha256(json.dumps(entry).encode()).hexdigest()[:32]
+    stores = {output: _Store(folder, output, len(images)) for output in representation.outputs}
+    with _locked(folder):
+        if not (folder / "entry.json").exists():
+            text = json.dumps({"name": representation.name, **entry}, indent=2)
+            with atomic_write(folder / "entry.json") as temporary:
+                temporary.write_text(text, encoding="utf-8")
+        missing = [store for store in stores.values() if not store.path.exists()]
+        if missing:
+            start = min(store.done for store in missing)
+            for rows in _computed(representation, images, start, progress):
+                for store in missing:
+                    store.add(start, rows[store.output], images.bad)
+                start += len(rows[missing[0].output])
+            for store in missing:
+                store.finish(images.bad)
+        images.read_again({number for store in stores.values() for number in store.replaced} - set(images.bad))
+    return {output: StoredRows.open(store.path) for output, store in stores.items()}
+
+
+def _computed(
+    representation: Representation, images: ImageSource, start: int, progress: bool
+) -> Iterator[dict[str, Tensor]]:
+    bar = tqdm(total=len(images), initial=start, unit="img", desc="encoding", disable=None if progress else True)
+    with bar:
+        for batch in images.batches(start) if start < len(images) else ():
+            yield representation.features(batch.float() / 127.5 - 1, start)
+            start += len(batch)
+            bar.update(len(batch))
+
+
+def _in_memory(representation: Representation, images: ImageSource, progress: bool) -> dict[str, Tensor]:
+    features: dict[str, Tensor] = {}
+    start = 0
+    for rows in _computed(representation, images, 0, progress):
+        if not features:
+            size = 4 * len(images) * sum(x.shape[1] for x in rows.values())
+            if size > MAX_BYTES:
+                raise ValueError(
+                    f"{representation.name}: features of {len(images)} images take {size / 2**30:.1f} GiB in memory, "
+                    f"more than {MAX_BYTES / 2**30:.0f}: keep them in a folder (--feature-cache), or name fewer outputs"
+                )
+            features = {output: torch.empty(len(images), x.shape[1]) for output, x in rows.items()}
+        for output, x in rows.items():
+            features[output][start : start + len(x)] = x
+        start += len(x)
+    return features
+
+
+class _Store:
+    """One output in a cache: `NAME.npy`, or until it is complete `NAME.npy.partial`, and what is known of it as JSON.
+
+    Rows are synced to the disk before the JSON counts them.
+    """
+
+    def __init__(self, folder: Path, output: str, number: int) -> None:
+        self.output, self.number = output, number
+        stem = re.sub(r"\W", "_", output)
+        self.path, self._partial, self._facts = (folder / f"{stem}{end}" for end in (".npy", ".npy.partial", ".json"))
+        facts: dict[str, Any] = {"rows": 0, "replaced": []}
+        if self._facts.exists() and (self.path.exists() or self._partial.exists()):
+            facts = json.loads(self._facts.read_text(encoding="utf-8"))
+        self.done, self.replaced = facts["rows"], set(facts["replaced"])
+        self._waiting: list[Tensor] = []
+
+    def add(self, start: int, rows: Tensor, bad: Mapping[int, str]) -> None:
+        """Rows from number `start` on; those that are there already are left out."""
+        self._waiting.append(rows[self.done + sum(map(len, self._waiting)) - start :])
+        if sum(map(len, self._waiting)) >= PIECE_ROWS:
+            self._write(bad)
+
+    def finish(self, bad: Mapping[int, str]) -> None:
+        self._write(bad)
+        os.replace(self._partial, self.path)
+        sync(self.path.parent)
+
+    def _write(self, bad: Mapping[int, str]) -> None:
+        if not self._waiting:
+            return
+        rows = torch.cat(self._waiting).numpy().astype("<f4", copy=False)
+        header = {"descr": "<f4", "fortran_order": False, "shape": (self.number, rows.shape[1])}
+        with open(self._partial, "r+b" if self._partial.exists() else "wb") as file:
+            np.lib.format.write_array_header_1_0(file, header)
+            file.seek(4 * self.done * rows.shape[1], os.SEEK_CUR)
+            file.write(rows.data)
+        sync(self._partial)
+        self._waiting.clear()
+        self.done, self.replaced = self.done + len(rows), self.replaced | set(bad)
+        with atomic_write(self._facts) as temporary:
+            temporary.write_text(json.dumps({"rows": self.done, "replaced": sorted(self.replaced)}), encoding="utf-8")
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Held by one process at a time, where the system has such locks; a kill frees it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    with open(folder / "lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,155 @@
+"""Plots of records and of training runs, as PNG, by matplotlib's figures alone: no window, no global state."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from bigbigan.evaluation.report import PERCENT, SWEPT, Group
+from bigbigan.files import atomic_write
+
+DPI = 120
+SCORES = "Discriminator scores"
+# Panels of a training run: title, unit, and the beginnings of the names that belong there.
+PANELS = (
+    ("Held-out accuracy", "%", ("linear_", "knn_")),
+    ("Reconstruction error", "mean |difference|", ("pixel_l1",)),
+    ("Losses", "", ("loss_",)),
+    (SCORES, "", ("score_",)),
+)
+
+
+def draw_group(group: Group, path: Path) -> bool:
+    """The main figure of each row: lines where something is swept, else bars. Returns whether there was anything."""
+    figure = group.main_figure()
+    rows = [
+        (label, row)
+        for label, (_, row) in zip(_short_labels(group.labels()), group.rows, strict=True)
+        if figure is not None and row.get(figure) is not None
+    ]
+    if not rows or figure is None:
+        return False
+    scale = 100 if figure in PERCENT else 1
+    title = PERCENT.get(figure, figure if " " in figure else figure.replace("_", " "))
+    for swept in SWEPT:
+        if len({row[swept] for _, row in rows if row.get(swept) is not None}) > 1:
+            series: dict[str, list[tuple[float | None, float]]] = {}
+            for label, row in rows:
+                series.setdefault(label, []).append((row.get(swept), scale * row[figure]))
+            _draw_lines(path, title, swept.replace("_", " "), series)
+            return True
+    _draw_bars(path, title, [label for label, _ in rows], [scale * row[figure] for _, row in rows])
+    return True
+
+
+def _short_labels(labels: Sequence[Sequence[str]]) -> list[str]:
+    """The parts that differ between rows, or the first if none does."""
+    telling = [place for place, part in enumerate(zip(*labels, strict=True)) if len(set(part)) > 1] or [0]
+    return [
+        " · ".join(part for part in (label[i] for i in telling if i < len(label)) if part != "-") for label in labels
+    ]
+
+
+def _figure(width: float, height: float) -> Any:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("plots need matplotlib: pip install 'bigbigan[eval]'") from error
+    return Figure(figsize=(width, height), dpi=DPI, layout="constrained")
+
+
+def _save(figure: Any, path: Path) -> None:
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, format="png", metadata={"Software": None})  # equal figures give equal bytes
+
+
+def _draw_bars(path: Path, title: str, labels: Sequence[str], values: Sequence[float]) -> None:
+    figure = _figure(8, 0.8 + 0.36 * len(labels))
+    axes = figure.subplots()
+    bars = axes.barh(range(len(labels)), values, color="#4878a8")
+    axes.bar_label(bars, [f"{value:.4g}" for value in values], padding=3)
+    axes.set_yticks(range(len(labels)), labels)
+    axes.invert_yaxis()
+    axes.set_xlim(min(0, 1.12 * min(values)), max(1.12 * max(values), 1e-12))
+    figure.suptitle(title, fontsize="medium")
+    axes.spines[["top", "right"]].set_visible(False)
+    _save(figure, path)
+
+
+def _draw_lines(path: Path, title: str, swept: str, series: Mapping[str, Sequence[tuple[float | None, float]]]) -> None:
+    """What has no x is a level line."""
+    figure = _figure(8, 4.5)
+    axes = figure.subplots()
+    for number, (label, points) in enumerate(series.items()):
+        style: dict[str, Any] = {"color": f"C{number % 10}", "label": label}
+        along = sorted((x, y) for x, y in points if x is not None)
+        if along:
+            axes.plot(*zip(*along, strict=True), marker="o", **style)
+        else:
+            axes.axhline(points[0][1], linestyle="--", **style)
+    ticks = sorted({x for points in series.values() for x, _ in points if x is not None})
+    if ticks[0] > 0 and ticks[-1] / ticks[0] >= 8:
+        axes.set_xscale("log")
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
+    axes.set(xlabel=swept, ylabel=title)
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside lower center", fontsize="small")
+    _save(figure, path)
+
+
+def read_run(folder: Path) -> list[dict[str, Any]]:
+    """What a run has logged; the last line may be half written.
+
+    Raises:
+        ValueError: a line is no log entry.
+    """
+    path = folder / "metrics.jsonl"
+    *lines, _ = path.read_text(encoding="utf-8").split("\n")
+    entries = []
+    for number, line in enumerate(lines, 1):
+        try:
+            entry = json.loads(line)
+            entries.append({"num_images": int(entry["num_images"]), **entry})
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{path} line {number} is no log entry of a training run ({error!r})") from error
+    if not entries:
+        raise ValueError(f"{path} holds nothing yet; `bigbigan train` writes a line every log_images")
+    return entries
+
+
+def draw_runs(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
+    """Held-out scores, reconstruction error and losses of runs over the images they saw, a panel each."""
+    names = list(dict.fromkeys(name for entries in runs.values() for entry in entries for name in entry))
+    panels = [
+        (title, unit, found)
+        for title, unit, starts in PANELS
+        if (found := [name for name in names if name.startswith(starts)])
+    ]
+    if len(runs) > 1:  # six lines a run, and what differs between runs shows in the losses
+        panels = [panel for panel in panels if panel[0] != SCORES]
+    figure = _figure(9, 2.4 * max(1, len(panels)) + 0.4)
+    styles = ("-", "--", ":", "-.")
+    every = figure.subplots(max(1, len(panels)), squeeze=False, sharex=True)[:, 0]
+    for axes, (title, unit, found) in zip(every, panels, strict=False):
+        scale = 100 if unit == "%" else 1
+        for number, (run, entries) in enumerate(runs.items()):
+            for place, name in enumerate(found):
+                points = [(e["num_images"], scale * e[name]) for e in entries if isinstance(e.get(name), int | float)]
+                if not points:
+                    continue
+                # Of several runs each has a colour, and lines differ by style; of one, lines differ by colour.
+                color = f"C{(number if len(runs) > 1 else place) % 10}"
+                style = styles[place % 4] if len(runs) > 1 else "-"
+                label = f"{run}: {name}" if len(runs) > 1 else name
+                marker = "" if name.startswith(("loss_", "score_")) else "."
+                axes.plot(*zip(*points, strict=True), style, color=color, label=label, marker=marker, linewidth=1.2)
+        axes.set_title(title, fontsize="medium", loc="left")
+        axes.set_ylabel(unit)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="x-small", loc="center left", bbox_to_anchor=(1, 0.5))
+    every[-1].set_xlabel("images seen")
+    every[-1].xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
+    _save(figure, path)
