@@ -14,9 +14,9 @@ def add_parsers(commands: Commands) -> None:
         _export_onnx,
         "write the parts of a model as ONNX files\n\n"
         "generator.onnx: z -> images. encoder.onnx: x, noise -> z_sample, z_mean, z_stdev, avepool_feat,\n"
-        "bn_crelu_feat. discriminator.onnx: x, z -> scores. Any batch size; images are [N, C, S, S] in [-1, 1], noise is [N, z_dim]\n"
-        "from N(0, 1) (no input of a deterministic encoder). Each file is compared with the model in ONNX Runtime at\n"
-        "batches of 1, 2 and 3; above 1e-4 of an output's largest value it is not written.\n"
+        "bn_crelu_feat. discriminator.onnx: x, z -> scores. Any batch size. Images are [N, C, S, S] in [-1, 1], noise\n"
+        "is [N, z_dim] from N(0, 1), and no input of a deterministic encoder. Each file is compared with the model in\n"
+        "ONNX Runtime at batches of 1, 2 and 3; above 1e-4 of an output's largest value it is not written.\n"
         "Needs the extra: pip install 'bigbigan[onnx]'.",
         "Example: bigbigan export-onnx -o onnx/ --parts encoder\n"
         "Exit codes: 0 done, 2 wrong usage, no such model, or refused.",
