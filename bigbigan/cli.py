@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from bigbigan._version import __version__
-from bigbigan.commands import conversion, encode, evaluation, models, pictures, report, training
+from bigbigan.commands import conversion, encode, evaluation, models, onnx, pictures, report, training
 from bigbigan.commands.options import help_formatter
 
 
@@ -26,7 +26,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"bigbigan {__version__}")
     commands = parser.add_subparsers(dest="verb", metavar="COMMAND", required=True, title="commands")
-    for group in (pictures, encode, models, conversion, training, evaluation, report):
+    for group in (pictures, encode, models, conversion, onnx, training, evaluation, report):
         group.add_parsers(commands)
     return parser
 

@@ -292,7 +292,8 @@ class SelfAttention(nn.Module):
         query = self.theta(x).flatten(2).transpose(1, 2)  # [N, H * W, C / 8]
         key = F.max_pool2d(self.phi(x), 2).flatten(2).transpose(1, 2)  # [N, H * W / 4, C / 8]
         value = F.max_pool2d(self.g(x), 2).flatten(2).transpose(1, 2)  # [N, H * W / 4, C / 2]
-        out = F.scaled_dot_product_attention(query, key, value, scale=1.0)  # [N, H * W, C / 2]
+        query, key, value = (h.unsqueeze(1) for h in (query, key, value))  # one head; ONNX export insists on them
+        out = F.scaled_dot_product_attention(query, key, value, scale=1.0).squeeze(1)  # [N, H * W, C / 2]
         out = out.transpose(1, 2).unflatten(2, x.shape[2:])  # [N, C / 2, H, W]
         return x + self.gamma * self.o(out)  # [N, C, H, W]
 

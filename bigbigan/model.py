@@ -242,6 +242,11 @@ class BigBiGAN(nn.Module):
         scores = ([getattr(part, f.name) for part in out] for f in fields(DiscriminatorOutput))
         return DiscriminatorOutput(*(None if column[0] is None else torch.cat(column) for column in scores))
 
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compiles each network in place, as `torch.compile` with the same arguments; it needs a C++ compiler."""
+        for name in self.parts:
+            self.part(name).compile(*args, **kwargs)
+
     def to_pil(self, images: Tensor) -> list[Image.Image]:
         """[N, C, H, W] in [-1, 1] -> PIL images, RGB or L."""
         return image_io.to_pil(images)

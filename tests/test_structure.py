@@ -30,7 +30,7 @@ CORE_LEVELS = [
     {"encoder"},
     {"mlp"},
     {"model"},
-    {"modelcard"},
+    {"modelcard", "onnx"},
     {"modelfolder"},
     {"hub"},
     {"factory"},

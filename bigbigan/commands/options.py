@@ -105,7 +105,7 @@ def choose_device(name: str) -> str:
     return name
 
 
-def open_model(arguments: argparse.Namespace, parts: Sequence[str], name: str | None = None) -> BigBiGAN:
+def open_model(arguments: argparse.Namespace, parts: Sequence[str] | None, name: str | None = None) -> BigBiGAN:
     """The model that the options (or `name`) ask for."""
     from bigbigan import hub
 
