@@ -10,6 +10,7 @@ command goes on where it was stopped; at the end, or with --table, it prints the
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import statistics
 import sys
@@ -41,6 +42,8 @@ parser.add_argument("--runs", required=True, type=Path, help="where the runs liv
 parser.add_argument("--network", required=True, help="features of the Fréchet distance, as in `evaluate generation`")
 parser.add_argument("--images", type=int, default=96_000, help="seen by G and E in a run (default: %(default)s)")
 parser.add_argument("--samples", type=int, default=5_000, help="for the Fréchet distance (default: %(default)s)")
+parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS), metavar="ROW", help="(default: all)")
+parser.add_argument("--seeds", type=int, default=3, help="at most, of each row (default: %(default)s)")
 parser.add_argument("--minutes", type=float, default=float("inf"), help="stop, to go on later, after so long")
 parser.add_argument("--set", action="append", default=[], dest="settings", help="for every run, as in `train`")
 parser.add_argument("--picture", type=Path, default=Path("table1_in_miniature.png"), help="(default: %(default)s)")
@@ -49,7 +52,8 @@ args = parser.parse_args()
 
 
 def command(*arguments: object) -> None:
-    code = main([*map(str, arguments), "--quiet"])
+    with contextlib.redirect_stdout(sys.stderr):
+        code = main([*map(str, arguments)])
     if code:
         sys.exit(code)
 
@@ -117,7 +121,7 @@ def table(folders: dict[str, list[Path]]) -> str:
 
 
 runs = {(row, seed): args.runs / f"{row.replace(' ', '-')}-{seed}"
-        for seed in range(3) for row in ROWS if seed < SEEDS.get(row, 2)}  # fmt: skip
+        for seed in range(args.seeds) for row in args.rows if seed < SEEDS.get(row, 2)}  # fmt: skip
 deadline = time.monotonic() + 60 * args.minutes
 done = {key: path for key, path in runs.items() if (path / "generation.json").exists()}
 for (row, seed), folder in runs.items():

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -20,7 +21,7 @@ OUTPUTS = {
 
 
 def test_all_examples_are_listed() -> None:
-    assert {path.name for path in EXAMPLES.glob("*.py")} == set(OUTPUTS)
+    assert {path.name for path in EXAMPLES.glob("*.py")} == {*OUTPUTS, "table1_in_miniature.py"}
 
 
 @pytest.mark.parametrize("name", OUTPUTS)
@@ -38,3 +39,30 @@ def test_example(name: str, tmp_path: Path) -> None:
         if output.endswith(".png"):
             with Image.open(tmp_path / output) as picture:
                 assert picture.width > 400 and len(picture.convert("L").getcolors()) > 50
+
+
+def test_table_1_in_miniature(tmp_path: Path) -> None:
+    draws = np.random.default_rng(0)
+    for split in ("train", "test"):
+        for name, low in (("dark", 0), ("bright", 128)):
+            (tmp_path / "data" / split / name).mkdir(parents=True)
+            for index in range(8):
+                pixels = draws.integers(low, low + 128, (28, 28), np.uint8)
+                Image.fromarray(pixels).save(tmp_path / "data" / split / name / f"{index}.png")
+    (tmp_path / "network.py").write_text(
+        "from bigbigan.evaluation.feature_networks import FeatureNetwork\n"
+        "def means(): return FeatureNetwork('means', 'd', 'as they are', lambda x: (x.float().mean((2, 3)), None))\n"
+    )
+    command = [sys.executable, str(EXAMPLES / "table1_in_miniature.py"), "--data", "data", "--runs", "runs"]
+    command += ["--network", "network.py:means", "--images", "8", "--samples", "20", "--rows", "base", "no E"]
+    command += ["--set=batch_size=4", "--set=standing_passes=1"]
+    run = subprocess.run([*command, "--seeds", "2"], cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    again = subprocess.run([*command, "--table", "--seeds", "2"], cwd=tmp_path, capture_output=True, text=True)
+    assert again.stdout == run.stdout
+    header, _, base, no_e = ([cell.strip() for cell in line.split("|")[1:-1]] for line in run.stdout.splitlines()[:4])
+    assert header[:2] == ["row", "seeds"] and "Fréchet distance (means)" in header
+    assert base[:2] == ["base", "2"] and all("±" in cell for cell in base[2:])
+    assert no_e[:2] == ["no E", "2"] and "-" in no_e
+    with Image.open(tmp_path / "table1_in_miniature.png") as picture:
+        assert picture.width > 16 * 32
