@@ -131,7 +131,7 @@ for (row, seed), folder in runs.items():
             print(f"{len(done)} of {len(runs)} runs are done; the same command goes on", file=sys.stderr)
             sys.exit(0)
         done[row, seed] = folder
-print(table({row: [path for (name, _), path in done.items() if name == row] for row in ROWS}))
+print(table({row: [path for (name, _), path in done.items() if name == row] for row in args.rows}))
 first = [done[row, 0] / "model" for row in ROWS if (row, 0) in done]
 if first:
     import torch
