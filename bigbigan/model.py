@@ -190,7 +190,7 @@ class BigBiGAN(nn.Module):
                 if eps.shape != shape:
                     raise ValueError(f"noise is {list(noise.shape)}; expected [N, {shape[1]}], one row an image")
             elif seed is not None:
-                eps = uniform_to_normal(indexed_uniform(seed, start + done, shape, _NOISE_STREAM))
+                eps = indexed_noise(seed, start + done, shape)
             else:
                 eps = torch.randn(shape, generator=fresh_generator())
             outputs.append(network(x, eps.to(x)))
@@ -296,6 +296,11 @@ def indexed_uniform(seed: int, start: int, shape: tuple[int, int], stream: int) 
         bits = np.random.Philox(key=key, counter=np.array([0, 0, 0, index], np.uint64)).random_raw(shape[1])
         rows.append((bits >> np.uint64(11)).astype(np.float64))
     return (torch.from_numpy(np.stack(rows)) + 0.5) / 2**53
+
+
+def indexed_noise(seed: int, start: int, shape: tuple[int, int]) -> Tensor:
+    """[n, z_dim] from N(0, 1) for z_sample; row i depends on seed and `start + i` alone."""
+    return uniform_to_normal(indexed_uniform(seed, start, shape, _NOISE_STREAM))
 
 
 def uniform_to_normal(u: Tensor, bound: float | None = None) -> Tensor:

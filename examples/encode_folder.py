@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from bigbigan import load
-from bigbigan.evaluation.features import encode_files, find_images
+from bigbigan.evaluation.encoding import encode_files, find_images
 from bigbigan.images import asset_images
 
 parser = argparse.ArgumentParser(description=__doc__)

@@ -166,7 +166,7 @@ def test_encode_killed_goes_on_with_the_rest(tmp_path: Path, folder: str, monkey
     command = ["encode", str(tmp_path / "in"), "--model", folder, "--outputs", "avepool_feat,z_sample", "-o"]
     assert main([*command, str(whole)]) == 1
     process = run(*command, output)
-    piece = tmp_path / "out.npz.partial" / "000000.safetensors"
+    piece = tmp_path / "out.npz.partial" / "0" / "000000.safetensors"
     while not piece.exists() and process.poll() is None:
         time.sleep(0.001)
     process.kill()

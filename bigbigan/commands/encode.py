@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 
 from bigbigan.commands.options import (
@@ -34,7 +35,9 @@ def add_parsers(commands: Commands) -> None:
         "Unreadable files are reported on stderr and in OUTPUT.failures.jsonl (path and reason a line); the other\n"
         "rows are bit for bit what they would be without them. --batch-size changes rows by rounding alone, on a\n"
         "CPU by less than 1e-6 of an output's largest value.\n"
-        "Finished work is kept in OUTPUT.partial/: after a crash, the same command does only the rest.",
+        "Finished work is kept in OUTPUT.partial/: after a crash, the same command does only the rest.\n"
+        "Several processes share the work under torchrun --nproc-per-node 2 -m bigbigan encode …; their rows differ\n"
+        "from those of one by rounding alone.",
         "Example: bigbigan encode photos/ -o features.npz --outputs avepool_feat\n"
         "Exit codes: 0 all done, 1 some files failed, 2 wrong usage or no such model, 3 no file worked.",
     )
@@ -49,7 +52,7 @@ def add_parsers(commands: Commands) -> None:
     )
     parser.add_argument("--batch-size", type=positive, default=32, metavar="N", help="(default: %(default)s)")
     parser.add_argument(
-        "--workers", type=positive, default=2, metavar="N", help="threads that read files (default: %(default)s)"
+        "--workers", type=int, metavar="N", help="processes that read and scale images ahead (default: by cores)"
     )
     parser.add_argument("--seed", type=int, default=0, help="of z_sample (default: %(default)s)")
     add_image_options(parser)
@@ -57,9 +60,16 @@ def add_parsers(commands: Commands) -> None:
 
 
 def _encode(arguments: argparse.Namespace) -> int:
-    from bigbigan.evaluation.features import encode_files, find_images
+    import torch
+
+    from bigbigan.evaluation.encoding import encode_files, find_images
 
     files = find_images(arguments.images)
+    rank, world_size = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
+    if world_size > 1:
+        if arguments.device == "auto" and torch.cuda.is_available():
+            arguments.device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+        torch.distributed.init_process_group("gloo")
     report = encode_files(
         open_model(arguments, ("encoder",)),
         files,
@@ -68,12 +78,19 @@ def _encode(arguments: argparse.Namespace) -> int:
         batch_size=arguments.batch_size,
         seed=arguments.seed,
         workers=arguments.workers,
+        rank=rank,
+        world_size=world_size,
         progress=not arguments.quiet,
         **image_options(arguments),
     )
+    code = 3 if not report.done else 1 if report.failed else 0
+    if world_size > 1:
+        torch.distributed.destroy_process_group()
+        if rank:  # one of them speaks for all
+            return code
     for name, reason in report.failed:
         print("bigbigan encode: skipped", f"{name}: {reason}".replace("\n", "\\n"), file=sys.stderr)
     if not arguments.quiet:
         where = f"in {arguments.output}" if report.done else f"so there is no {arguments.output}"
         print(f"bigbigan encode: {report.done} of {len(files)} images {where}", file=sys.stderr)
-    return 3 if not report.done else 1 if report.failed else 0
+    return code

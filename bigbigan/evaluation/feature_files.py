@@ -21,8 +21,9 @@ from bigbigan.evaluation.rows import Rows, StoredRows, check_finite
 SUFFIXES = (".npz", ".safetensors", ".parquet")
 MAX_HEADER_BYTES = 99_000_000  # safetensors reads headers up to 100 MB; a megabyte is for the tensors' entries
 
-# What writes a whole: path, names of rows, width by output, pieces.
-Writer = Callable[[Path, list[str], dict[str, int], list[Path]], None]
+Pieces = Callable[[str], Iterator[NDArray[np.float32]]]  # the rows of an output, piece by piece
+# What writes a whole: path, names of rows, width by output, rows.
+Writer = Callable[[Path, list[str], dict[str, int], Pieces], None]
 
 
 def feature_writer(output: Path, names: list[str]) -> Writer:
@@ -50,13 +51,7 @@ def feature_writer(output: Path, names: list[str]) -> Writer:
     raise ValueError(f"{output}: cannot write {suffix or 'no suffix'!r}; use {', '.join(SUFFIXES)}")
 
 
-def _rows(pieces: list[Path], name: str) -> Iterator[NDArray[np.float32]]:
-    for path in pieces:
-        with safe_open(path, framework="np") as file:
-            yield file.get_tensor(name)
-
-
-def _write_npz(path: Path, names: list[str], widths: dict[str, int], pieces: list[Path]) -> None:
+def _write_npz(path: Path, names: list[str], widths: dict[str, int], pieces: Pieces) -> None:
     def write(name: str, dtype: np.dtype[Any], shape: tuple[int, ...], chunks: Iterable[NDArray[Any]]) -> None:
         # ZipInfo's own date, 1980, so that equal content gives equal bytes
         with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as file:
@@ -67,17 +62,17 @@ def _write_npz(path: Path, names: list[str], widths: dict[str, int], pieces: lis
 
     with zipfile.ZipFile(path, "w") as archive:
         for name, width in widths.items():
-            write(name, np.dtype("<f4"), (len(names), width), _rows(pieces, name))
+            write(name, np.dtype("<f4"), (len(names), width), pieces(name))
         text = np.dtype(f"<U{max(map(len, names))}")
         write("paths", text, (len(names),), (np.array(names[i : i + 4096], text) for i in range(0, len(names), 4096)))
 
 
-def _write_safetensors(path: Path, names: list[str], widths: dict[str, int], pieces: list[Path]) -> None:
+def _write_safetensors(path: Path, names: list[str], widths: dict[str, int], pieces: Pieces) -> None:
     header = _safetensors_header(names, widths)
     with open(path, "wb") as file:
         file.write(len(header).to_bytes(8, "little") + header)
         for name in widths:
-            for rows in _rows(pieces, name):
+            for rows in pieces(name):
                 file.write(rows.tobytes())
 
 
@@ -92,7 +87,7 @@ def _safetensors_header(names: list[str], widths: dict[str, int]) -> bytes:
     return text + b" " * (-len(text) % 8)
 
 
-def _write_parquet(path: Path, names: list[str], widths: dict[str, int], pieces: list[Path]) -> None:
+def _write_parquet(path: Path, names: list[str], widths: dict[str, int], pieces: Pieces) -> None:
     import pyarrow
     from pyarrow import parquet
 
@@ -100,13 +95,11 @@ def _write_parquet(path: Path, names: list[str], widths: dict[str, int], pieces:
     schema = pyarrow.schema([("path", pyarrow.string()), *columns])
     done = 0
     with parquet.ParquetWriter(path, schema, use_dictionary=False) as writer:
-        for piece in pieces:
-            with safe_open(piece, framework="np") as file:
-                rows = {name: file.get_tensor(name) for name in widths}
-            number = len(next(iter(rows.values())))
+        for chunks in zip(*map(pieces, widths), strict=True):
+            number = len(chunks[0])
             arrays = [
-                pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(rows[name].reshape(-1)), widths[name])
-                for name in widths
+                pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(rows.reshape(-1)), width)
+                for rows, width in zip(chunks, widths.values(), strict=True)
             ]
             paths = pyarrow.array(names[done : done + number], pyarrow.string())
             writer.write_table(pyarrow.Table.from_arrays([paths, *arrays], schema=schema))

@@ -1,0 +1,362 @@
+"""Features of any number of image files into one file, in pieces that survive a kill, by one process or several."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import signal
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed
+from numpy.typing import NDArray
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from bigbigan.config import PreprocessConfig, to_dict
+from bigbigan.evaluation.feature_files import feature_writer
+from bigbigan.evaluation.features import OUTPUTS, BatchEncoder, digest
+from bigbigan.files import atomic_write, sync
+from bigbigan.images import BadImageError, list_images, preprocess
+from bigbigan.model import BigBiGAN, indexed_noise
+
+PIECE_ROWS = 256  # what a kill may cost
+PIECE_NAME = "{:06d}.safetensors"
+_CHUNK = 8  # images that a worker hands over at a time
+_DISTRIBUTION = ("z_mean", "z_stdev")
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class EncodeReport:
+    """What `encode_files` did.
+
+    Attributes:
+        done: rows in the output.
+        failed: name and reason of each file that has no row.
+        resumed: rows taken over from an earlier call that was interrupted.
+    """
+
+    done: int
+    failed: list[tuple[str, str]]
+    resumed: int
+
+
+def find_images(inputs: Sequence[str | os.PathLike[str]]) -> dict[str, Path]:
+    """Image files by the names that they get in an output, sorted by name.
+
+    Names have slashes; in one folder they are relative to it, else they begin with the input as given. Folders are
+    searched as by `list_images`; a file named itself may have any suffix.
+
+    Raises:
+        ValueError: nothing is given, an input does not exist, or a folder holds no picture.
+    """
+    if not inputs:
+        raise ValueError("no images given; name files or a folder")
+    found: dict[str, Path] = {}
+    for given in map(Path, inputs):
+        if given.is_dir():
+            root = given if len(inputs) == 1 else Path()
+            found |= {_text(path.relative_to(root)): path for path in list_images(given)}
+        elif given.exists():
+            found[_text(given)] = given
+        else:
+            raise ValueError(f"{given}: no such file or folder")
+    return dict(sorted(found.items()))
+
+
+def _text(path: Path) -> str:
+    """With bytes that are no UTF-8 spelled out, since no output format could hold them."""
+    return os.fsencode(path.as_posix()).decode("utf-8", "backslashreplace")
+
+
+def encode_files(
+    model: BigBiGAN,
+    files: Mapping[str, Path],
+    output: str | os.PathLike[str],
+    *,
+    outputs: Sequence[str] = OUTPUTS,
+    batch_size: int = 32,
+    seed: int = 0,
+    workers: int | None = None,
+    rank: int = 0,
+    world_size: int = 1,
+    progress: bool = False,
+    **options: Any,
+) -> EncodeReport:
+    """Writes the encoder outputs of image files (`find_images`) to one file, float32, a row a readable file.
+
+    The suffix decides: `.npz` holds one array [N, D] an output and the names as `paths`; `.safetensors` the tensors,
+    and the names as a JSON list in the metadata's `paths`; `.parquet` a column `path` and a list column an output.
+    Names and reasons of unreadable files go to `{output}.failures.jsonl`. The rest is bit for bit what it would be
+    without them: batches and the noise of z_sample count rows. Another `batch_size` or `world_size` changes rounding
+    alone, by less than 1e-6 of an output's largest value on a CPU; `workers` change nothing.
+
+    Finished pieces lie in `{output}.partial/` until the output is complete; a call with the same arguments goes on
+    behind them. Memory does not grow with the number of images, but for their names.
+
+    Args:
+        workers: processes that read and scale images ahead (0: this one); None: by this process's share of the cores.
+        rank, world_size: this process of those that share the work. With several, `torch.distributed` must be
+            initialised and all must see one folder; rank 0 writes the output, and all return the same.
+        options: of `bigbigan.images.preprocess`: crop, invert, background, max_pixels.
+
+    Raises:
+        ValueError: another suffix, an output that encoders do not have, or `output` is one of `files`.
+        OSError: no room on the disk, or no permission; no half file is left under the final name.
+        ImportError: parquet without pyarrow.
+    """
+    output, names = Path(output), list(files)
+    work, failures = (output.with_name(output.name + end) for end in (".partial", ".failures.jsonl"))
+    write = feature_writer(output, names)
+    wanted = BatchEncoder(model, outputs, batch_size, seed).widths
+    # Which row an image will be, and so its noise, is known when all of those before it are read.
+    stored = dict.fromkeys(name for name in (*wanted, *_DISTRIBUTION) if name != "z_sample")
+    encode = BatchEncoder(model, [*stored] if "z_sample" in wanted else [*wanted], batch_size, seed)
+    manifest = {
+        "format": 2,
+        "encoder": digest(encode.network),
+        "files": _listing_digest(files, {output, failures}),
+        "outputs": list(wanted),
+        "batch size": batch_size,
+        "processes": world_size,
+        "preprocessing": to_dict(model.config.preprocess) | json.loads(json.dumps(options)),
+        "device": model.device.type,
+    }
+    if rank == 0:
+        _open_work_folder(work, manifest)
+    _wait(world_size)
+    bounds = [i * len(names) // world_size for i in range(world_size + 1)]  # of the shards
+    own = work / f"{rank}"
+    own.mkdir(exist_ok=True)
+    pieces = _finished_pieces(own)
+    start = pieces[-1].stop if pieces else bounds[rank]
+    if pieces:
+        done, share = start - bounds[rank], bounds[rank + 1] - bounds[rank]
+        logger.info("going on from %s: %d of %d images are done", own, done, share)
+    _check_room(work, (2 * len(names) - sum(piece.rows for piece in pieces)) * 4 * sum(encode.widths.values()))
+    resumed = sum(_gather(sum(piece.rows for piece in pieces), world_size))
+    read = partial(_read, model.config.preprocess, model.config.image_channels, options)
+    todo = list(files.values())[start : bounds[rank + 1]]
+    images: Iterable[Read] = _read_ahead(read, todo, _workers(workers, world_size, len(todo)), 2 * batch_size)
+    shown = progress and rank == 0
+    images = tqdm(images, total=bounds[rank + 1] - bounds[rank], initial=start - bounds[rank], unit="img",
+                  disable=None if shown else True)  # fmt: skip
+    for stop, failed, rows in _encode_pieces(encode, images, start):
+        pieces.append(_save_piece(own, len(pieces), stop, failed, rows))
+
+    _wait(world_size)
+    pieces = [piece for i in range(world_size) for piece in _finished_pieces(work / f"{i}")]
+    reasons = dict(entry for piece in pieces for entry in piece.failed)
+    good = [name for index, name in enumerate(names) if index not in reasons]
+    report = EncodeReport(len(good), [(names[index], reason) for index, reason in sorted(reasons.items())], resumed)
+    _wait(world_size)  # all have read the pieces
+    if rank == 0:
+        _write_failures(failures, report.failed)
+        if good:
+            whole = work / "whole"  # not beside the output, where a kill would leave it
+            write(whole, good, wanted, partial(_rows, pieces, model.dtype, seed))
+            sync(whole)
+            os.replace(whole, output)
+            sync(output.parent)
+        shutil.rmtree(work)
+    _wait(world_size)
+    return report
+
+
+def _wait(world_size: int) -> None:
+    if world_size > 1:
+        torch.distributed.barrier()
+
+
+def _gather(value: int, world_size: int) -> list[int]:
+    if world_size == 1:
+        return [value]
+    found: list[Any] = [None] * world_size
+    torch.distributed.all_gather_object(found, value)
+    return found
+
+
+def _rows(pieces: Sequence[_Piece], dtype: torch.dtype, seed: int, name: str) -> Iterator[NDArray[np.float32]]:
+    """An output, piece by piece; z_sample from mean and deviation and each row's own noise, as the encoder does it."""
+    row = 0
+    for piece in pieces:
+        with safe_open(piece.path, framework="pt") as file:
+            if name == "z_sample":
+                mean, stdev = (file.get_tensor(part).to(dtype) for part in _DISTRIBUTION)
+                noise = indexed_noise(seed, row, (len(mean), mean.shape[1])) if len(mean) else torch.empty_like(mean)
+                yield (mean + noise.to(dtype) * stdev).float().numpy()
+            else:
+                yield file.get_tensor(name).numpy()
+        row += piece.rows
+
+
+Read = Tensor | str  # [1, C, S, S], or why there is none
+
+
+def _read(config: PreprocessConfig, channels: int, options: dict[str, Any], path: Path) -> Read:
+    try:
+        return preprocess(path, config, channels, **options)
+    except BadImageError as error:
+        return error.reason
+
+
+def _workers(workers: int | None, world_size: int, files: int) -> int:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    wanted = max(1, min(cores // world_size, 16)) if workers is None else workers
+    return min(wanted, files // (2 * _CHUNK))  # starting one takes as long as reading a few images
+
+
+class _Files(Dataset[Read]):
+    def __init__(self, read: Callable[[Path], Read], paths: Sequence[Path]):
+        self.read, self.paths = read, paths
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> Read:
+        return self.read(self.paths[index])
+
+
+def _read_ahead(read: Callable[[Path], Read], paths: Sequence[Path], workers: int, ahead: int) -> Iterator[Read]:
+    """`read` of each file, in order, about `ahead` of them waiting to be taken."""
+    loader = DataLoader(
+        _Files(read, paths),
+        batch_size=_CHUNK,
+        num_workers=workers,
+        collate_fn=list,
+        prefetch_factor=max(2, -(-ahead // (_CHUNK * workers))) if workers else None,
+        worker_init_fn=_leave_interrupts if workers else None,
+        generator=torch.Generator(),  # without one, torch's global state would move
+    )
+    for chunk in loader:
+        yield from chunk
+
+
+def _leave_interrupts(worker: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # ctrl-C reaches all; the parent ends its workers
+
+
+def _encode_pieces(
+    encode: BatchEncoder, images: Iterable[Read], start: int
+) -> Iterator[tuple[int, list[tuple[int, str]], dict[str, Tensor]]]:
+    """Yields (files done so far, failures, rows) whenever PIECE_ROWS or a few more rows are done, and at the end.
+
+    A piece ends where a batch ends, so that a resumed run forms the same batches.
+    """
+    size = encode.batch_size
+    batch: list[Tensor] = []
+    batches: list[dict[str, Tensor]] = []
+    failed: list[tuple[int, str]] = []
+
+    def flush() -> None:
+        if batch:
+            x = torch.cat(batch)
+            batches.append(encode(x.pin_memory() if encode.network.latent.weight.is_cuda else x, 0))
+            batch.clear()
+
+    def rows() -> dict[str, Tensor]:
+        empty = {name: torch.empty(0, width) for name, width in encode.widths.items()}
+        return {name: torch.cat([empty[name], *(rows[name] for rows in batches)]) for name in encode.widths}
+
+    stop = start
+    for stop, image in enumerate(images, start + 1):
+        if isinstance(image, str):
+            failed.append((stop - 1, image))
+            continue
+        batch.append(image)
+        if len(batch) == size:
+            flush()
+            if len(batches) * size >= PIECE_ROWS:
+                yield stop, failed, rows()
+                batches, failed = [], []
+    flush()
+    if batches or failed:
+        yield stop, failed, rows()
+
+
+@dataclass(frozen=True)
+class _Piece:
+    path: Path
+    rows: int
+    stop: int  # files up to this one are done
+    failed: list[tuple[int, str]]  # index of the file, reason
+
+
+def _save_piece(work: Path, number: int, stop: int, failed: list[tuple[int, str]], rows: dict[str, Tensor]) -> _Piece:
+    path = work / PIECE_NAME.format(number)
+    with atomic_write(path) as temporary:
+        save_file(rows, temporary, {"stop": str(stop), "failed": json.dumps(failed)})
+    return _Piece(path, len(next(iter(rows.values()))), stop, failed)
+
+
+def _finished_pieces(work: Path) -> list[_Piece]:
+    pieces: list[_Piece] = []
+    while (path := work / PIECE_NAME.format(len(pieces))).exists():
+        with safe_open(path, framework="np") as file:
+            metadata, name = file.metadata(), next(iter(file.keys()))
+            failed = [(index, reason) for index, reason in json.loads(metadata["failed"])]
+            pieces.append(_Piece(path, file.get_slice(name).get_shape()[0], int(metadata["stop"]), failed))
+    return pieces
+
+
+def _open_work_folder(work: Path, manifest: dict[str, Any]) -> None:
+    """Leaves `work` with this manifest, and with pieces only if they belong to it."""
+    path = work / "manifest.json"
+    if path.exists():
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if found == manifest:
+            return
+        changed = sorted(key for key in found.keys() | manifest if found.get(key) != manifest.get(key))
+        logger.warning("%s is of another call (%s changed): starting afresh", work, ", ".join(changed))
+        shutil.rmtree(work)
+    elif work.exists() and not all(entry.name.startswith(".") for entry in work.iterdir()):
+        raise FileExistsError(f"{work} is needed for unfinished work, and holds other files: move it away")
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(manifest), encoding="utf-8")
+
+
+def _write_failures(path: Path, failed: list[tuple[str, str]]) -> None:
+    if not failed:
+        path.unlink(missing_ok=True)  # of an earlier call
+        return
+    lines = (json.dumps({"path": name, "reason": reason}) + "\n" for name, reason in failed)
+    with atomic_write(path) as temporary:
+        temporary.write_text("".join(lines), encoding="utf-8")
+
+
+def _listing_digest(files: Mapping[str, Path], written: set[Path]) -> str:
+    """sha256 over names, sizes and times. Refuses files that would be overwritten."""
+    taken = {(status.st_dev, status.st_ino) for path in written if path.exists() and (status := path.stat())}
+    sha256 = hashlib.sha256()
+    for name, path in files.items():
+        try:
+            status = path.stat()
+        except OSError:  # reading it will tell why
+            sha256.update(json.dumps([name]).encode())
+            continue
+        if (status.st_dev, status.st_ino) in taken:
+            raise ValueError(f"{path} is an input and would be overwritten; choose another output")
+        sha256.update(json.dumps([name, status.st_size, status.st_mtime_ns]).encode())
+    return sha256.hexdigest()
+
+
+def _check_room(work: Path, needed: int) -> None:
+    free = shutil.disk_usage(work).free
+    if needed > free:
+        raise OSError(
+            f"{work.parent} has {free / 2**30:.1f} GiB free, and up to {needed / 2**30:.1f} are needed: "
+            "make room, or name fewer outputs"
+        )
