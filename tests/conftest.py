@@ -8,7 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-torch.set_num_threads(1)  # the tensors are small: threads that wait for a busy core cost more than they give
+# The tensors are small: threads that wait for a busy core cost more than they give, here, in TensorFlow, and in the
+# processes that tests start.
+torch.set_num_threads(1)
+for _name in ("OMP_NUM_THREADS", "TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS"):
+    os.environ.setdefault(_name, "1")
 
 
 @pytest.fixture(scope="session")

@@ -31,7 +31,7 @@ from bigbigan.evaluation import (
     read_features,
     timm_features,
 )
-from bigbigan.evaluation.features import encode_files, find_images
+from bigbigan.evaluation.encoding import encode_files, find_images
 from bigbigan.images import preprocess
 from bigbigan.layers import BatchNorm
 
