@@ -123,6 +123,7 @@ def export_onnx(
         assert written is not None
         proto = written.model_proto
         _name_batch(proto.graph)
+        _guard_padding(onnx, proto.graph)
         onnx.helper.set_model_props(proto, {**metadata, "part": part})
         path = Path(folder) / f"{part}.onnx"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -160,6 +161,20 @@ def _name_batch(graph: Any) -> None:
         for size in value.type.tensor_type.shape.dim:
             if size.dim_param:
                 size.dim_param = size.dim_param.replace(name, "N")
+
+
+def _guard_padding(onnx: Any, graph: Any) -> None:
+    """Pads a max-pool's input by next to nothing instead of zero.
+
+    ONNX Runtime merges a padding of zeros into the pooling, whose own padding never wins; here zeros can.
+    """
+    pooled = {name for node in graph.node if node.op_type == "MaxPool" for name in node.input}
+    for node in graph.node:
+        if node.op_type == "Pad" and pooled & set(node.output):
+            value = np.array(1e-30, np.float32)
+            name = f"{node.output[0]}_value"
+            graph.initializer.append(onnx.numpy_helper.from_array(value, name))
+            node.input[2] = name
 
 
 def _shapes(values: Any) -> dict[str, list[int | str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,18 +12,20 @@ import torch
 
 from bigbigan import create_model, load
 from bigbigan.cli import main
+from bigbigan.config import BigBiGANConfig, PreprocessConfig
 from bigbigan.model import BigBiGAN
 from bigbigan.onnx import export_onnx, export_program, part_inputs
+from bigbigan.presets import PRESETS
 
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
 
-def tiny(name: str = "bigbigan-tiny") -> BigBiGAN:
-    model, draws = create_model(name, seed=2), torch.Generator().manual_seed(0)
-    for key, buffer in model.named_buffers():
+def tiny(model: str | BigBiGANConfig = "bigbigan-tiny") -> BigBiGAN:
+    made, draws = create_model(model, seed=2), torch.Generator().manual_seed(0)
+    for key, buffer in made.named_buffers():
         buffer.uniform_(0.5, 2.0, generator=draws) if key.endswith("var") else buffer.normal_(generator=draws)
-    return model
+    return made
 
 
 def run(path: Path, **inputs: torch.Tensor) -> dict[str, np.ndarray]:
@@ -62,6 +65,19 @@ def test_a_deterministic_encoder_takes_no_noise(tmp_path: Path) -> None:
     (report,) = export_onnx(tiny("bigan-mnist-mlp"), tmp_path, parts=("encoder",))
     assert (report.inputs, report.outputs["bn_crelu_feat"]) == ({"x": ["N", 1, 28, 28]}, ["N", 2048])
     assert list(report.outputs) == ["z_sample", "z_mean", "z_stdev", "avepool_feat", "bn_crelu_feat"]
+
+
+def test_zeros_around_the_stem_count(tmp_path: Path) -> None:
+    """As they do not where ONNX Runtime merges their padding into the max-pool."""
+    config = PRESETS["bigbigan-resnet50"].config
+    encoder = replace(config.encoder, base_channels=4, resolution=64)
+    alone = replace(config, encoder=encoder, generator=None, discriminator=None, preprocess=PreprocessConfig(64))
+    model = tiny(alone)
+    model.encoder.trunk.stem[0].conv.weight.data.sub_(1.0)  # the stem's outputs are negative, so zeros win
+    export_onnx(model, tmp_path)
+    x, noise = torch.ones(2, 3, 64, 64), torch.zeros(2, config.z_dim)
+    found = run(tmp_path / "encoder.onnx", x=x, noise=noise)
+    assert_close(found["avepool_feat"], model.encode(x, noise=noise).avepool_feat)
 
 
 @pytest.mark.parametrize("part", ["generator", "encoder", "discriminator"])
