@@ -89,7 +89,9 @@ class _Reversible(torch.autograd.Function):
         x1, x2 = saved[-2:] if ctx.last else ctx.streams
         # Copies of the parameters as leaves: what hangs on these, like DDP's hooks, sees finished sums of gradients.
         names = [name for name, _ in ctx.unit.named_parameters()]
-        leaves = {name: tensor.detach().requires_grad_() for name, tensor in zip(names, saved, strict=False)}
+        leaves = {
+            name: tensor.detach().requires_grad_() for name, tensor in zip(names, saved[: len(names)], strict=True)
+        }
         x = (x1.masked_fill(ctx.zeros, 0) if ctx.first else x1.detach()).requires_grad_()
         with torch.enable_grad(), ctx.autocast(), _taped(ctx.unit, ctx.tape):
             residual = functional_call(ctx.unit, leaves, (x,))

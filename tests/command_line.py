@@ -38,6 +38,18 @@ def make_images(folder: Path, number: int, side: int = 32) -> list[Path]:
     return paths
 
 
+def make_classes(root: Path, numbers: dict[str, int], shape: tuple[int, ...] = (32, 32, 3)) -> Path:
+    """Labelled images by split: two classes, dark and bright, that differ in nothing else."""
+    draws = np.random.default_rng(0)
+    for split, number in numbers.items():
+        for name, low in (("dark", 0), ("bright", 128)):
+            (root / split / name).mkdir(parents=True)
+            for index in range(number):
+                array = draws.integers(low, low + 128, shape, np.uint8)
+                Image.fromarray(array).save(root / split / name / f"{index}.png")
+    return root
+
+
 def pixels(path: Path) -> np.ndarray:
     return np.asarray(Image.open(path))
 

@@ -10,8 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from command_line import cells, home, one_thread, run  # noqa: F401 (fixtures for every test here)
-from PIL import Image
+from command_line import cells, home, make_classes, one_thread, run  # noqa: F401 (fixtures for every test here)
 
 from bigbigan import create_model, load
 from bigbigan.cli import main
@@ -31,16 +30,7 @@ def settings(**fields: object) -> list[str]:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two classes, dark and bright, that differ in nothing else."""
-    root, draws = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
-    for split, number in (("train", 30), ("test", 10)):
-        for name, low in (("dark", 0), ("bright", 128)):
-            (root / split / name).mkdir(parents=True)
-            for index in range(number):
-                Image.fromarray(draws.integers(low, low + 128, (32, 32, 3), np.uint8)).save(
-                    root / split / name / f"{index}.png"
-                )
-    return root
+    return make_classes(tmp_path_factory.mktemp("data"), {"train": 30, "test": 10})
 
 
 def test_train_settings(capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from command_line import cells, home, one_thread, pixels  # noqa: F401 (fixtures for every test here)
+from command_line import cells, home, make_classes, one_thread, pixels  # noqa: F401 (fixtures for every test here)
 from PIL import Image
 
 from bigbigan import create_model, load
@@ -35,13 +35,7 @@ def forward(images):
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two classes, dark and bright, that differ in nothing else; a network beside them."""
-    root, draws = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
-    for split, number in (("train", 30), ("test", 10)):
-        for name, low in (("dark", 0), ("bright", 128)):
-            (root / split / name).mkdir(parents=True)
-            for index in range(number):
-                array = draws.integers(low, low + 128, (32, 32, 3), np.uint8)
-                Image.fromarray(array).save(root / split / name / f"{index}.png")
+    root = make_classes(tmp_path_factory.mktemp("data"), {"train": 30, "test": 10})
     (root / "network.py").write_text(NETWORK)
     return root
 

@@ -6,8 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
+from command_line import make_classes
 from PIL import Image
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -42,13 +42,7 @@ def test_example(name: str, tmp_path: Path) -> None:
 
 
 def test_table_1_in_miniature(tmp_path: Path) -> None:
-    draws = np.random.default_rng(0)
-    for split in ("train", "test"):
-        for name, low in (("dark", 0), ("bright", 128)):
-            (tmp_path / "data" / split / name).mkdir(parents=True)
-            for index in range(8):
-                pixels = draws.integers(low, low + 128, (28, 28), np.uint8)
-                Image.fromarray(pixels).save(tmp_path / "data" / split / name / f"{index}.png")
+    make_classes(tmp_path / "data", {"train": 8, "test": 8}, (28, 28))
     (tmp_path / "network.py").write_text(
         "from bigbigan.evaluation.feature_networks import FeatureNetwork\n"
         "def means(): return FeatureNetwork('means', 'd', 'as they are', lambda x: (x.float().mean((2, 3)), None))\n"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import errno
 import io
 import json
@@ -270,16 +269,24 @@ def test_a_full_disk_at_the_end_costs_nothing(
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["in", output.name]
 
 
-@pytest.mark.parametrize("change", ["file", "outputs", "weights", "option"])
-def test_what_belongs_to_another_call_is_not_taken_over(
-    tmp_path: Path, model: BigBiGAN, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, change: str
-) -> None:
+def interrupted(
+    tmp_path: Path, model: BigBiGAN, monkeypatch: pytest.MonkeyPatch
+) -> tuple[list[Path], dict[str, Path], Path]:
+    """Twelve images, by path and by name, and the output of a call that ended when eight were done."""
     monkeypatch.setattr(encoding, "PIECE_ROWS", 4)
     paths = make_images(tmp_path / "in", 12)
     files, output = find_images([tmp_path / "in"]), tmp_path / "out.npz"
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         Interrupter(model, patch, 2)
         encode_files(model, files, output, batch_size=4)
+    return paths, files, output
+
+
+@pytest.mark.parametrize("change", ["file", "outputs", "weights", "option"])
+def test_what_belongs_to_another_call_is_not_taken_over(
+    tmp_path: Path, model: BigBiGAN, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, change: str
+) -> None:
+    paths, files, output = interrupted(tmp_path, model, monkeypatch)
     options: dict[str, object] = {"crop": "none"} if change == "option" else {}
     if change == "outputs":
         options["outputs"] = ["z_mean"]
@@ -296,51 +303,9 @@ def test_what_belongs_to_another_call_is_not_taken_over(
 
 
 def test_another_seed_keeps_finished_work(tmp_path: Path, model: BigBiGAN, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(encoding, "PIECE_ROWS", 4)
-    paths = make_images(tmp_path / "in", 12)
-    files, output = find_images([tmp_path / "in"]), tmp_path / "out.npz"
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        Interrupter(model, patch, 2)
-        encode_files(model, files, output, batch_size=4)
+    paths, files, output = interrupted(tmp_path, model, monkeypatch)
     assert encode_files(model, files, output, batch_size=4, seed=9).resumed == 8
     assert np.array_equal(read(output)[1]["z_sample"], model.encode(paths, batch_size=4, seed=9).z_sample.numpy())
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_workers_change_nothing(tmp_path: Path, model: BigBiGAN, dtype: torch.dtype) -> None:
-    model = copy.deepcopy(model).to(dtype)
-    paths = make_images(tmp_path / "in", 50)
-    paths[20].write_bytes(b"bad")
-    files = find_images([tmp_path / "in"])
-    for workers in (0, 3):
-        report = encode_files(model, files, tmp_path / f"{workers}.npz", workers=workers)
-        assert (report.done, [name for name, _ in report.failed]) == (49, ["0020.png"])
-    assert (tmp_path / "0.npz").read_bytes() == (tmp_path / "3.npz").read_bytes()
-    expected = model.encode([path for path in paths if path != paths[20]], seed=0)
-    assert np.array_equal(read(tmp_path / "0.npz")[1]["z_sample"], expected.z_sample.float().numpy())
-
-
-@pytest.mark.parametrize("processes", [2, 3])
-def test_several_processes_share_the_work(tmp_path: Path, model: BigBiGAN, processes: int) -> None:
-    make_images(tmp_path / "in", 23)
-    for index in (0, 11, 22):
-        (tmp_path / f"in/{index:04d}.png").write_bytes(b"bad")
-    model.save(tmp_path / "model")
-    encode = ["encode", "in", "--model", "model", "--batch-size", "4", "--threads", "1", "--workers", "0", "-o"]
-    package = str(Path(encoding.__file__).parents[2])
-    options: dict[str, Any] = {"cwd": tmp_path, "env": {**os.environ, "PYTHONPATH": package}, "stderr": subprocess.PIPE}
-    alone = subprocess.run([sys.executable, "-m", "bigbigan", *encode, "alone.npz"], **options)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    shared = subprocess.run([*torchrun, "-m", "bigbigan", *encode, "shared.npz"], **options)
-    assert alone.returncode == 1, alone.stderr
-    assert shared.stderr.count(b"20 of 23 images in shared.npz") == 1, shared.stderr
-    (names, one), (others, many) = read(tmp_path / "alone.npz"), read(tmp_path / "shared.npz")
-    assert names == others and len(names) == 20
-    for name in OUTPUTS:
-        assert np.abs(many[name] - one[name]).max() <= 1e-6 * np.abs(one[name]).max()
-    failures = [(tmp_path / f"{name}.npz.failures.jsonl").read_bytes() for name in ("alone", "shared")]
-    assert failures[0] == failures[1]
-    assert not (tmp_path / "shared.npz.partial").exists()
 
 
 def test_inputs_and_strange_folders_are_safe(tmp_path: Path, model: BigBiGAN) -> None:

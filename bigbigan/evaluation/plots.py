@@ -133,7 +133,7 @@ def draw_runs(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> No
     figure = _figure(9, 2.4 * max(1, len(panels)) + 0.4)
     styles = ("-", "--", ":", "-.")
     every = figure.subplots(max(1, len(panels)), squeeze=False, sharex=True)[:, 0]
-    for axes, (title, unit, found) in zip(every, panels, strict=False):
+    for axes, (title, unit, found) in zip(every[: len(panels)], panels, strict=True):
         scale = 100 if unit == "%" else 1
         for number, (run, entries) in enumerate(runs.items()):
             for place, name in enumerate(found):

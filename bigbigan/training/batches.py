@@ -177,7 +177,7 @@ class Batches:
             self._results = decode_jobs(decoder, self._jobs(k), workers)
         try:
             result = next(self._results)
-        except Exception:
+        except Exception:  # whatever it is, the workers end
             self.close()
             raise
         self._next = k + self.batch_size
