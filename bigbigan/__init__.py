@@ -3,7 +3,6 @@
 from bigbigan._version import __version__
 from bigbigan.config import (
     BigBiGANConfig,
-    ConfigError,
     DiscriminatorConfig,
     EncoderConfig,
     GeneratorConfig,
@@ -19,6 +18,7 @@ from bigbigan.hub import DownloadError, load
 from bigbigan.images import BadImageError
 from bigbigan.model import BigBiGAN
 from bigbigan.modelfolder import WeightsError
+from bigbigan.schema import ConfigError
 
 __all__ = [
     "BadImageError",

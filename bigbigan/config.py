@@ -1,4 +1,4 @@
-"""Architectures as data: frozen dataclasses that go to JSON and back under a closed schema.
+"""Architectures as data: frozen dataclasses under the closed schema of `bigbigan.schema`.
 
 Every detail of DeepMind's networks that no public source settles is a named field here with a default and the
 reason for it, so that a converter can set it from the module's graph and training can vary it.
@@ -7,48 +7,14 @@ reason for it, so that a converter can set it from the module's graph and traini
 from __future__ import annotations
 
 import dataclasses
-import json
-import types
-import typing
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal
+
+from bigbigan.schema import check_choices, check_range, require
 
 MAX_CONFIG_BYTES = 64 * 1024
 PARTS = ("generator", "encoder", "discriminator")
-
-T = TypeVar("T")
-
-
-class ConfigError(ValueError):
-    """A configuration that is malformed, out of range or contradicts itself."""
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ConfigError(message)
-
-
-def _expected(where: str, value: Any, wanted: Any) -> str:
-    wanted = wanted if isinstance(wanted, str) else ", ".join(map(repr, wanted))
-    return f"{where} is {str(value)[:100]!r}; expected {wanted}"
-
-
-def check_choices(owner: Any) -> None:
-    """Literal fields of a dataclass, which Python itself does not check."""
-    for name, hint in typing.get_type_hints(type(owner)).items():
-        value = getattr(owner, name)
-        several = typing.get_origin(hint) is tuple
-        choices = typing.get_args(typing.get_args(hint)[0] if several else hint)
-        if typing.get_origin(hint) is Literal or (several and typing.get_origin(typing.get_args(hint)[0]) is Literal):
-            for item in value if several else (value,):
-                _require(item in choices, f"{type(owner).__name__}.{_expected(name, item, choices)}")
-
-
-def _check_range(owner: object, low: float, high: float, *names: str) -> None:
-    for name in names:
-        value = getattr(owner, name)
-        _require(low <= value <= high, f"{type(owner).__name__}.{name} is {value!r}, outside {low:g} to {high:g}")
 
 
 @dataclass(frozen=True)
@@ -70,9 +36,9 @@ class MLPConfig:
 
     def __post_init__(self) -> None:
         check_choices(self)
-        _check_range(self, 1, 65536, "width")
-        _check_range(self, 2, 64, "layers")
-        _require(self.layers % 2 == 0, f"MLPConfig.layers is {self.layers}; residual blocks take two layers each")
+        check_range(self, 1, 65536, "width")
+        check_range(self, 2, 64, "layers")
+        require(self.layers % 2 == 0, f"MLPConfig.layers is {self.layers}; residual blocks take two layers each")
 
 
 # Multiples of the base width, from the seed outwards: G in block i has channels[i] -> channels[i + 1].
@@ -109,14 +75,14 @@ class GeneratorConfig:
 
     def __post_init__(self) -> None:
         check_choices(self)
-        _check_range(self, 1, 4, "image_channels")
-        _check_range(self, 1, 1024, "base_channels")
-        _check_range(self, 0, 4096, "shared_dim")
-        _check_range(self, 0, 256, "attention_resolution")
-        _check_range(self, 1e-12, 0.1, "bn_eps")
-        _check_range(self, self.resolution, 4096, "upsample_size")
+        check_range(self, 1, 4, "image_channels")
+        check_range(self, 1, 1024, "base_channels")
+        check_range(self, 0, 4096, "shared_dim")
+        check_range(self, 0, 256, "attention_resolution")
+        check_range(self, 1e-12, 0.1, "bn_eps")
+        check_range(self, self.resolution, 4096, "upsample_size")
         expected = len(GENERATOR_CHANNELS[self.resolution])
-        _require(
+        require(
             len(self.z_chunks) == expected and all(1 <= n <= 4096 for n in self.z_chunks),
             f"GeneratorConfig.z_chunks is {self.z_chunks}; {self.resolution} pixels take {expected}, of 1 to 4096",
         )
@@ -157,17 +123,17 @@ class EncoderConfig:
 
     def __post_init__(self) -> None:
         check_choices(self)
-        _check_range(self, 16, 1024, "resolution")
-        _check_range(self, 1, 4, "image_channels")
-        _check_range(self, 1, 4096, "base_channels", "z_dim")
-        _check_range(self, 1e-12, 0.1, "bn_eps", "feature_norm_eps")
-        _require(
+        check_range(self, 16, 1024, "resolution")
+        check_range(self, 1, 4, "image_channels")
+        check_range(self, 1, 4096, "base_channels", "z_dim")
+        check_range(self, 1e-12, 0.1, "bn_eps", "feature_norm_eps")
+        require(
             1 <= len(self.depths) <= 6 and all(1 <= n <= 64 for n in self.depths),
             f"EncoderConfig.depths is {self.depths}; give 1 to 6 stages of 1 to 64 units",
         )
         if self.architecture == "revnet":
-            _require(self.block == "bottleneck", "EncoderConfig.block must be 'bottleneck' for a revnet")
-            _require(self.base_channels % 2 == 0, "EncoderConfig.base_channels must be even for a revnet")
+            require(self.block == "bottleneck", "EncoderConfig.block must be 'bottleneck' for a revnet")
+            require(self.base_channels % 2 == 0, "EncoderConfig.base_channels must be even for a revnet")
 
     @property
     def num_features(self) -> int:
@@ -194,16 +160,16 @@ class DiscriminatorConfig:
 
     def __post_init__(self) -> None:
         check_choices(self)
-        _check_range(self, 1, 4, "image_channels")
-        _check_range(self, 1, 1024, "base_channels")
-        _check_range(self, 1, 4096, "z_dim")
-        _check_range(self, 0, 256, "attention_resolution")
-        _require(
+        check_range(self, 1, 4, "image_channels")
+        check_range(self, 1, 1024, "base_channels")
+        check_range(self, 1, 4096, "z_dim")
+        check_range(self, 0, 256, "attention_resolution")
+        require(
             bool(self.scores) and len(set(self.scores)) == len(self.scores),
             f"DiscriminatorConfig.scores is {self.scores}; name one or more of x, z, xz, each once",
         )
         if self.combine != "concat":
-            _require(
+            require(
                 self.num_features == self.z_mlp.width,
                 f"DiscriminatorConfig.combine {self.combine!r} needs F(x) and H(z) of one width; "
                 f"they have {self.num_features} and {self.z_mlp.width}",
@@ -229,11 +195,11 @@ class _MLPPart:
 
     def __post_init__(self) -> None:
         check_choices(self)
-        _check_range(self, 2, 256, "resolution")
-        _check_range(self, 1, 4, "image_channels")
-        _check_range(self, 1, 4096, "width", "z_dim")
-        _check_range(self, 1e-12, 0.1, "bn_eps")
-        _check_range(self, 0, 1, "negative_slope")
+        check_range(self, 2, 256, "resolution")
+        check_range(self, 1, 4, "image_channels")
+        check_range(self, 1, 4096, "width", "z_dim")
+        check_range(self, 1e-12, 0.1, "bn_eps")
+        check_range(self, 0, 1, "negative_slope")
 
     @property
     def num_features(self) -> int:
@@ -264,7 +230,7 @@ class MLPEncoderConfig(_MLPPart):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_range(self, 1e-12, 0.1, "feature_norm_eps")
+        check_range(self, 1e-12, 0.1, "feature_norm_eps")
 
 
 @dataclass(frozen=True)
@@ -287,8 +253,8 @@ class PreprocessConfig:
 
     def __post_init__(self) -> None:
         check_choices(self)
-        _check_range(self, 2, 4096, "size")
-        _check_range(self, 0, 256, "pad")
+        check_range(self, 2, 4096, "size")
+        check_range(self, 0, 256, "pad")
 
     @property
     def resolution(self) -> int:
@@ -307,30 +273,30 @@ class BigBiGANConfig:
     def __post_init__(self) -> None:
         g, e, d = self.generator, self.encoder, self.discriminator
         present = [part for part in (g, e, d) if part is not None]
-        _require(bool(present), "a model needs at least one of generator, encoder and discriminator")
+        require(bool(present), "a model needs at least one of generator, encoder and discriminator")
         for name in ("z_dim", "image_channels"):
             values = {type(part).__name__: getattr(part, name) for part in present}
-            _require(len(set(values.values())) == 1, f"{name} differs between parts: {values}")
+            require(len(set(values.values())) == 1, f"{name} differs between parts: {values}")
         if g and d:
-            _require(
+            require(
                 g.resolution == d.resolution,
                 f"the generator draws {g.resolution} pixels, the discriminator reads {d.resolution}",
             )
         if e:
-            _require(
+            require(
                 self.preprocess.resolution == e.resolution,
                 f"preprocessing gives {self.preprocess.resolution} pixels, the encoder reads {e.resolution}",
             )
         if e and (g or d):
             small = (g or d).resolution  # type: ignore[union-attr]
-            _require(e.resolution % small == 0, f"encoder resolution {e.resolution} is no multiple of {small}")
+            require(e.resolution % small == 0, f"encoder resolution {e.resolution} is no multiple of {small}")
         if d and not e:
-            _require(
+            require(
                 self.preprocess.resolution % d.resolution == 0,
                 f"preprocessing gives {self.preprocess.resolution} pixels, no multiple of F's {d.resolution}",
             )
         if e and g:
-            _require(
+            require(
                 (g.prior == "uniform") <= (e.output != "stochastic"),
                 "a uniform prior needs a deterministic or tanh encoder",
             )
@@ -379,61 +345,3 @@ class ModelInfo:
     license: str = ""
     source: str = ""  # one line: where the weights come from
     provenance: dict[str, Any] = dataclasses.field(default_factory=dict)
-
-
-def to_dict(config: Any) -> dict[str, Any]:
-    """Any of these dataclasses as JSON-able data (tuples become lists)."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))
-
-
-def from_dict(cls: type[T], data: Any, where: str = "") -> T:
-    """The dataclass `cls` from JSON data. Every field must be present and known.
-
-    Raises:
-        ConfigError: names the field (`where` leads to it) for a missing, unknown, mistyped or out-of-range value.
-    """
-    where = where or cls.__name__
-    _require(isinstance(data, dict), f"{where} is {type(data).__name__}, not an object")
-    hints = typing.get_type_hints(cls)
-    names = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
-    unknown, missing = sorted(set(data) - set(names)), sorted(set(names) - set(data))
-    _require(not unknown, f"{where} has unknown fields: {', '.join(unknown)[:200]}")
-    _require(not missing, f"{where} lacks fields: {', '.join(missing)}")
-    return cls(**{name: _value(hints[name], data[name], f"{where}.{name}") for name in names})
-
-
-def _member(members: list[Any], data: Any, where: str) -> Any:
-    """That one of a union which has the `architecture` of the data; the first for data that name none."""
-    if len(members) == 1 or not isinstance(data, dict) or "architecture" not in data:
-        return members[0]
-    choices = {member: typing.get_args(typing.get_type_hints(member).get("architecture")) for member in members}
-    fitting = [member for member in members if data["architecture"] in choices[member]]
-    known = [choice for member in members for choice in choices[member]]
-    _require(bool(fitting), _expected(f"{where}.architecture", data["architecture"], known))
-    return fitting[0]
-
-
-def _value(hint: Any, value: Any, where: str) -> Any:
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        if value is None and type(None) in args:
-            return None
-        return _value(_member([arg for arg in args if arg is not type(None)], value, where), value, where)
-    if dataclasses.is_dataclass(hint):
-        return from_dict(typing.cast(type, hint), value, where)
-    if origin is Literal:
-        # `True == 1`: the type must agree too
-        _require(any(value == arg and type(value) is type(arg) for arg in args), _expected(where, value, args))
-        return value
-    if origin is tuple:
-        _require(isinstance(value, list) and len(value) <= 64, _expected(where, value, "a list of at most 64"))
-        return tuple(_value(args[0], item, f"{where}[{i}]") for i, item in enumerate(value))
-    if origin is dict:
-        _require(isinstance(value, dict), _expected(where, value, "an object"))
-        return value
-    if hint is float and type(value) is int and abs(value) < 2**53:
-        value = float(value)
-    _require(type(value) is hint, _expected(where, value, hint.__name__))
-    if hint is str:
-        _require(len(value) <= 4096, f"{where} is longer than 4096 characters")
-    return value

@@ -18,11 +18,12 @@ from typing import Any
 import torch
 
 from bigbigan import integrity, modelfolder
-from bigbigan.config import PARTS, ConfigError, select_parts
+from bigbigan.config import PARTS, select_parts
 from bigbigan.integrity import WeightsError, cache_dir
 from bigbigan.model import BigBiGAN
 from bigbigan.modelcard import model_card
 from bigbigan.presets import EMBEDDED, HubEntry, get_preset, normalize
+from bigbigan.schema import ConfigError
 
 __all__ = ["DownloadError", "UploadError", "cache_dir", "has_weights", "load", "push_to_hub", "resolve"]
 

@@ -21,12 +21,9 @@ from bigbigan.config import (
     MAX_CONFIG_BYTES,
     PARTS,
     BigBiGANConfig,
-    ConfigError,
     ModelInfo,
-    from_dict,
     ordered_parts,
     select_parts,
-    to_dict,
 )
 from bigbigan.files import atomic_write, sync
 from bigbigan.integrity import (
@@ -42,6 +39,7 @@ from bigbigan.integrity import (
 )
 from bigbigan.model import PART_CLASSES, BigBiGAN
 from bigbigan.modelcard import flatten, model_card
+from bigbigan.schema import ConfigError, from_dict, to_dict
 
 __all__ = ["FileEntry", "FolderConfig", "WeightsError", "load_folder", "model_card", "read_config", "save_folder"]
 

@@ -16,9 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bigbigan.config import select_parts, to_dict
+from bigbigan.config import select_parts
 from bigbigan.files import atomic_write
 from bigbigan.model import BigBiGAN
+from bigbigan.schema import to_dict
 
 BATCHES = (1, 2, 3)  # that an exported file is compared at
 TOLERANCE = 1e-4  # of an output's largest value; other orders of summation stay a tenth of it

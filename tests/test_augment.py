@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bigbigan.config import ConfigError, PreprocessConfig, from_dict, to_dict
+from bigbigan.config import PreprocessConfig
 from bigbigan.images import preprocess, read_image
+from bigbigan.schema import ConfigError, from_dict, to_dict
 from bigbigan.training.augment import CROP_ATTEMPTS, NUM_CROP_DRAWS, AugmentationConfig, crop_box, uniform
 from bigbigan.training.decoding import Decoder
 

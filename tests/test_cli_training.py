@@ -14,9 +14,10 @@ from command_line import cells, home, make_classes, one_thread, run  # noqa: F40
 
 from bigbigan import create_model, load
 from bigbigan.cli import main
-from bigbigan.config import PreprocessConfig, to_dict
+from bigbigan.config import PreprocessConfig
 from bigbigan.images import to_uint8
 from bigbigan.presets import PRESETS
+from bigbigan.schema import to_dict
 
 RECIPE = "bigbigan-fashion-mnist-32"
 TINY = PRESETS["bigbigan-tiny"].config

@@ -12,7 +12,6 @@ import pytest
 
 from bigbigan.config import (
     BigBiGANConfig,
-    ConfigError,
     DiscriminatorConfig,
     EncoderConfig,
     GeneratorConfig,
@@ -22,10 +21,9 @@ from bigbigan.config import (
     MLPGeneratorConfig,
     ModelInfo,
     PreprocessConfig,
-    from_dict,
-    to_dict,
 )
 from bigbigan.presets import PRESETS, get_preset
+from bigbigan.schema import ConfigError, from_dict, to_dict
 
 BASE = PRESETS["bigbigan-base"].config
 

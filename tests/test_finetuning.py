@@ -13,10 +13,10 @@ from PIL import Image
 
 from bigbigan import create_model, load
 from bigbigan.cli import main
-from bigbigan.config import ConfigError
 from bigbigan.layers import SpectralNorm, effective_state
 from bigbigan.model import BigBiGAN
 from bigbigan.presets import PRESETS
+from bigbigan.schema import ConfigError
 from bigbigan.training.config import TrainConfig
 from bigbigan.training.export import inference_model
 from bigbigan.training.finetuning import load_model

@@ -24,17 +24,16 @@ from bigbigan import integrity
 from bigbigan.config import (
     MAX_CONFIG_BYTES,
     BigBiGANConfig,
-    ConfigError,
     DiscriminatorConfig,
     EncoderConfig,
     GeneratorConfig,
     MLPConfig,
     ModelInfo,
     PreprocessConfig,
-    to_dict,
 )
 from bigbigan.model import BigBiGAN
 from bigbigan.modelfolder import WeightsError, load_folder, model_card, read_config, save_folder
+from bigbigan.schema import ConfigError, to_dict
 
 MLP = MLPConfig(width=16, layers=2)
 TINY = BigBiGANConfig(

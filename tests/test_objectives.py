@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bigbigan.config import ConfigError
 from bigbigan.discriminator import DiscriminatorOutput
 from bigbigan.evaluation.rotation import rotation_accuracy
 from bigbigan.presets import PRESETS, small
+from bigbigan.schema import ConfigError
 from bigbigan.training.config import TrainConfig
 from bigbigan.training.cost import estimate
 from bigbigan.training.losses import discriminator_loss, generator_encoder_loss, rotation_loss, turn

@@ -19,10 +19,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 import bigbigan
-from bigbigan.config import ConfigError
 from bigbigan.discriminator import DiscriminatorOutput
 from bigbigan.layers import SpectralNorm, advance_spectral_norm
 from bigbigan.presets import PRESETS
+from bigbigan.schema import ConfigError
 from bigbigan.training import loop, runfolder
 from bigbigan.training.config import TrainConfig
 from bigbigan.training.data import open_dataset

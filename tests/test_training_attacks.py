@@ -18,8 +18,8 @@ import torch
 from PIL import Image
 
 from bigbigan.cli import main
-from bigbigan.config import to_dict
 from bigbigan.presets import PRESETS
+from bigbigan.schema import to_dict
 from bigbigan.training import checkpoint, cost, loop
 from bigbigan.training.checkpoint import CheckpointError, load_checkpoint
 from bigbigan.training.config import TrainConfig

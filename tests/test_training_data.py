@@ -15,7 +15,8 @@ import torch
 from PIL import Image
 from scipy import stats
 
-from bigbigan.config import ConfigError, PreprocessConfig, from_dict, to_dict
+from bigbigan.config import PreprocessConfig
+from bigbigan.schema import ConfigError, from_dict, to_dict
 from bigbigan.training.data import NUM_DRAWS, AugmentationConfig, Batches, augment, open_dataset, uniform
 
 EVERYTHING = AugmentationConfig(crop_scale=(0.2, 1.0), flip=True, shift=2)

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from bigbigan import __version__, hub
 from bigbigan import images as image_io
-from bigbigan.config import ModelInfo, to_dict
+from bigbigan.config import ModelInfo
 from bigbigan.presets import PRESETS, normalize
+from bigbigan.schema import to_dict
 from weights_conversion.download import Source, located
 from weights_conversion.errors import tensorflow
 from weights_conversion.match import PART_SIGNATURES, Match, check_signatures, match, trace

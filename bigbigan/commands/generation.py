@@ -189,7 +189,8 @@ def _reference(
 ) -> tuple[ImageDataset, ImageSet]:
     from dataclasses import replace
 
-    from bigbigan.config import PreprocessConfig, to_dict
+    from bigbigan.config import PreprocessConfig
+    from bigbigan.schema import to_dict
     from bigbigan.training.sources import open_dataset
 
     dataset = open_dataset(arguments.data, split=arguments.split)

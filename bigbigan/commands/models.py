@@ -96,9 +96,9 @@ def _info(arguments: argparse.Namespace) -> int:
     from dataclasses import asdict
 
     from bigbigan import hub, modelfolder
-    from bigbigan.config import to_dict
     from bigbigan.modelcard import flatten
     from bigbigan.presets import PRESETS, normalize
+    from bigbigan.schema import to_dict
 
     document: dict[str, Any]
     try:

@@ -314,7 +314,7 @@ def _print(
     results: list[dict[str, Any]],
     found: list[Measured],
 ) -> None:
-    from bigbigan.config import to_dict
+    from bigbigan.schema import to_dict
 
     table = [[cell(result) for cell in columns.values()] for result in results]
     record = make_record(model, protocol, results=results, train=splits.train, test=splits.test)

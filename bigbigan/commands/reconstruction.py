@@ -71,8 +71,8 @@ class _Reconstructor:
 
 
 def _reconstruction(arguments: argparse.Namespace) -> int:
-    from bigbigan.config import to_dict
     from bigbigan.evaluation import reconstruction_report, train_classifier
+    from bigbigan.schema import to_dict
     from bigbigan.training.data import open_dataset
 
     if arguments.grid:

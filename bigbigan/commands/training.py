@@ -156,7 +156,7 @@ def _recipe(name: str) -> TrainConfig:
 
 
 def _recipes(arguments: argparse.Namespace) -> int:
-    from bigbigan.config import to_dict
+    from bigbigan.schema import to_dict
     from bigbigan.training.recipes import RECIPES, sources
 
     if arguments.sources:
@@ -187,7 +187,7 @@ def apply_settings(config: TrainConfig, settings: list[str]) -> TrainConfig:
     """
     import difflib
 
-    from bigbigan.config import ConfigError, from_dict, to_dict
+    from bigbigan.schema import ConfigError, from_dict, to_dict
     from bigbigan.training.config import TrainConfig
 
     data = to_dict(config)
@@ -228,7 +228,7 @@ def _train(arguments: argparse.Namespace) -> int:
     from torch.distributed.elastic.multiprocessing.errors import record
 
     from bigbigan import hub
-    from bigbigan.config import to_dict
+    from bigbigan.schema import to_dict
     from bigbigan.training.cost import estimate
     from bigbigan.training.distributed import PeerError
     from bigbigan.training.loop import TrainingStopped, train
@@ -317,7 +317,7 @@ def _export(arguments: argparse.Namespace) -> int:
     from dataclasses import replace
 
     from bigbigan import modelfolder
-    from bigbigan.config import to_dict
+    from bigbigan.schema import to_dict
     from bigbigan.training.runfolder import read_run_config
 
     run, output = Path(arguments.folder), Path(arguments.output)

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from bigbigan.config import to_dict
 from bigbigan.evaluation.representations import Representation
 from bigbigan.evaluation.rows import Rows, StoredRows
 from bigbigan.files import atomic_write, sync
+from bigbigan.schema import to_dict
 
 MAX_BYTES = 8 << 30  # of features in memory
 PIECE_ROWS = 1024  # what a kill may cost

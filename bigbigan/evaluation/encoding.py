@@ -24,12 +24,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from bigbigan.config import PreprocessConfig, to_dict
+from bigbigan.config import PreprocessConfig
 from bigbigan.evaluation.feature_files import feature_writer
 from bigbigan.evaluation.features import OUTPUTS, BatchEncoder, digest
 from bigbigan.files import atomic_write, sync
 from bigbigan.images import BadImageError, list_images, preprocess
 from bigbigan.model import BigBiGAN, indexed_noise
+from bigbigan.schema import to_dict
 
 PIECE_ROWS = 256  # what a kill may cost
 PIECE_NAME = "{:06d}.safetensors"

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from bigbigan.config import EncoderConfig, MLPEncoderConfig, to_dict
+from bigbigan.config import EncoderConfig, MLPEncoderConfig
 from bigbigan.encoder import EncoderOutput
 from bigbigan.model import BigBiGAN
+from bigbigan.schema import to_dict
 
 OUTPUTS = tuple(field.name for field in fields(EncoderOutput))
 

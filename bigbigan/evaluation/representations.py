@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bigbigan.config import PreprocessConfig, to_dict
+from bigbigan.config import PreprocessConfig
 from bigbigan.evaluation.features import BatchEncoder, digest, weights_digest
 from bigbigan.model import BigBiGAN
+from bigbigan.schema import to_dict
 
 MAX_PCA_PIXELS = 12_288  # their covariance takes 1.1 GiB
 

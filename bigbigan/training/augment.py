@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bigbigan.config import ConfigError
+from bigbigan.schema import ConfigError
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
-from bigbigan.config import BigBiGANConfig, ConfigError, check_choices
+from bigbigan.config import BigBiGANConfig
+from bigbigan.schema import ConfigError, check_choices
 from bigbigan.training.data import AugmentationConfig
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from bigbigan.config import ConfigError
 from bigbigan.layers import ConditionLinear, SpectralNorm
 from bigbigan.model import BigBiGAN
+from bigbigan.schema import ConfigError
 from bigbigan.training.step import TrainingState
 
 TOLERANCE = 1e-5  # how far rounding leaves the spectral norm of a normalised weight from 1

@@ -17,8 +17,9 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from bigbigan.config import ConfigError, ModelInfo
+from bigbigan.config import ModelInfo
 from bigbigan.model import BigBiGAN
+from bigbigan.schema import ConfigError
 from bigbigan.training.batches import Images
 from bigbigan.training.checkpoint import (
     CheckpointError,

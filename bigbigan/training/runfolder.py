@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from bigbigan.config import ConfigError, from_dict, to_dict
 from bigbigan.evaluation.features import digest
 from bigbigan.files import atomic_write, sync
 from bigbigan.model import BigBiGAN
+from bigbigan.schema import ConfigError, from_dict, to_dict
 from bigbigan.training.checkpoint import remove_leftovers
 from bigbigan.training.config import TrainConfig
 from bigbigan.training.sources import ImageDataset

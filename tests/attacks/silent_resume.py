@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from bigbigan.commands.training import apply_settings
-from bigbigan.config import ConfigError
+from bigbigan.schema import ConfigError
 from bigbigan.training.checkpoint import CheckpointError
 from bigbigan.training.config import TrainConfig
 from bigbigan.training.data import open_dataset

@@ -25,8 +25,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from bigbigan import cli
-from bigbigan.config import to_dict
 from bigbigan.presets import PRESETS
+from bigbigan.schema import to_dict
 from bigbigan.training import checkpoint, cost, loop
 from bigbigan.training.batches import Batches
 
