@@ -15,6 +15,12 @@ for _name in ("OMP_NUM_THREADS", "TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREA
     os.environ.setdefault(_name, "1")
 
 
+@pytest.fixture(autouse=True)
+def same_draws() -> None:
+    """Tests that draw from torch's global state see the same numbers each time."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """Folder of evaluation data sets (BIGBIGAN_TEST_DATA, or `../shared/data` beside the checkout)."""
