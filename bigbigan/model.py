@@ -30,6 +30,7 @@ from bigbigan.config import (
 )
 from bigbigan.discriminator import Discriminator, DiscriminatorOutput
 from bigbigan.encoder import Encoder, EncoderOutput
+from bigbigan.fuse import fuse
 from bigbigan.generator import Generator
 from bigbigan.images import ImageLike
 from bigbigan.mlp import MLPDiscriminator, MLPEncoder, MLPGenerator
@@ -73,11 +74,26 @@ class BigBiGAN(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return next(self.parameters()).device
+        return self._tensor().device
 
     @property
     def dtype(self) -> torch.dtype:
-        return next(self.parameters()).dtype
+        return self._tensor().dtype
+
+    def _tensor(self) -> Tensor:
+        return next(itertools.chain(self.parameters(), self.buffers()))  # a fused part may have buffers only
+
+    def fuse(self) -> BigBiGAN:
+        """Puts every part into its fused form for inference, in place: equal up to rounding, and faster.
+
+        A fused model saves its plain weights. It does not train, gives no gradients and stays on its device.
+
+        Raises:
+            RuntimeError: the model is in training mode.
+        """
+        for part in self.parts:
+            fuse(getattr(self, part))
+        return self
 
     def preprocess(self, images: ImageLike | Sequence[ImageLike], **options: Any) -> Tensor:
         """Paths, PIL images, uint8 arrays or a [-1, 1] tensor -> [N, C, S, S] in [-1, 1] at the encoder's resolution.

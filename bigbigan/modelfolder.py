@@ -26,6 +26,7 @@ from bigbigan.config import (
     select_parts,
 )
 from bigbigan.files import atomic_write, sync
+from bigbigan.fuse import fuse as fuse_part
 from bigbigan.integrity import (
     DTYPES,
     SHA256,
@@ -34,6 +35,7 @@ from bigbigan.integrity import (
     check_finite,
     impostor,
     read_header,
+    read_tensors,
     strict_json,
     verify_file,
 )
@@ -151,8 +153,9 @@ def load_folder(
     dtype: torch.dtype | None = None,
     verify: bool = True,
     remember: bool = True,
+    fuse: bool = False,
 ) -> BigBiGAN:
-    """The model in a folder, in eval mode.
+    """The model in a folder, in eval mode; with `fuse`, in the form of `BigBiGAN.fuse`.
 
     Every load compares the files' headers with the architecture before it allocates anything; `verify` checks digests
     and finite values as well, once a file (`remember=False`: each time, without a record in `integrity.cache_dir()`).
@@ -177,11 +180,16 @@ def load_folder(
             verify_part(folder, part, described.files[part], remember=remember)
     for part in wanted:
         network, path = getattr(model, part), folder / weight_file(part)
-        network.load_state_dict(load_file(path), strict=True, assign=True)
+        # Fusing replaces weights one by one: those of a mapped file would all stay in memory until the last.
+        state = read_tensors(path) if fuse else load_file(path)
+        network.load_state_dict(state, strict=True, assign=True)
+        del state
         network.to(device=device, dtype=dtype)
         if dtype == torch.float16:  # its range ends at 65504
             for name, tensor in network.state_dict().items():
                 check_finite(tensor, f"{name} as float16 (use torch.bfloat16)", path)
+        if fuse:
+            fuse_part(network.eval())
     return model.eval()
 
 

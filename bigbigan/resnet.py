@@ -24,7 +24,7 @@ def pad_window(x: Tensor, kernel: int, stride: int, padding: str, value: float =
 
 
 class StridedConv2d(nn.Module):
-    """Convolution without bias whose padding follows TensorFlow where the stride is above one."""
+    """Convolution without bias whose padding follows TensorFlow where the stride is above one; as one leaf."""
 
     def __init__(self, layers: Layers, inputs: int, outputs: int, kernel: int, stride: int, padding: str):
         super().__init__()
@@ -34,8 +34,10 @@ class StridedConv2d(nn.Module):
         pad = kernel // 2 if self.inside else 0
         self.conv = layers.conv2d(inputs, outputs, kernel, bias=False, stride=stride, padding=pad)
 
-    def forward(self, x: Tensor) -> Tensor:  # [N, inputs, H, W] -> [N, outputs, ceil(H / stride), ceil(W / stride)]
-        return self.conv(x if self.inside else pad_window(x, self.kernel, self.stride, self.padding))
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """[N, inputs, H, W] -> [N, outputs, ceil(H / stride), ceil(W / stride)], plus the residual if there is one."""
+        out = self.conv(x if self.inside else pad_window(x, self.kernel, self.stride, self.padding))
+        return out if residual is None else out + residual
 
 
 class Stem(nn.Sequential):
@@ -84,10 +86,8 @@ class ResNetUnit(nn.Module):
         h = first = self.norms[0](x)  # [N, inputs, H, W]
         for conv, norm in zip(self.convs[:-1], self.norms[1:], strict=True):
             h = norm(conv(h))  # [N, inner, H', W']
-        h = self.convs[-1](h)  # [N, outputs, H / stride, W / stride]
-        if self.shortcut is not None:
-            x = self.shortcut(x if self.raw else first)
-        return h + x
+        skip = x if self.shortcut is None else self.shortcut(x if self.raw else first)
+        return self.convs[-1](h, skip)  # [N, outputs, H / stride, W / stride]
 
 
 class ResNet(nn.Module):

@@ -23,7 +23,7 @@ from bigbigan.layers import BatchNorm, SpectralNorm
 def couple(units: nn.ModuleList, x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor]:
     """Each unit f in turn makes of (x1, x2) the streams (x2, x1 + f(x2))."""
     for unit in units:
-        x1, x2 = x2, x1 + unit(x2)
+        x1, x2 = x2, unit(x2, x1)
     return x1, x2
 
 

@@ -18,8 +18,20 @@ from bigbigan.resnet import Stem, StridedConv2d, final_norm
 from bigbigan.reversible import couple, reversible
 
 
+class RevNetStem(Stem):
+    """The stem whose output's halves are the two streams, as one leaf."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """[N, C, S, S] -> twice [N, 2 * base_channels, S / 4, S / 4] (S with the small stem)."""
+        x1, x2 = super().forward(x).chunk(2, dim=1)
+        return x1, x2
+
+
 class RevNetUnit(nn.Module):
-    """f of (x1, x2) -> (x2, x1 + f(x2)): a pre-activation bottleneck on one stream, half the channels."""
+    """f of (x1, x2) -> (x2, x1 + f(x2)): a pre-activation bottleneck on one stream, half the channels.
+
+    With the other stream as `residual`, x1 + f(x2).
+    """
 
     def __init__(self, layers: Layers, config: EncoderConfig, channels: int):
         super().__init__()
@@ -31,10 +43,10 @@ class RevNetUnit(nn.Module):
             for a, b, k in zip(widths[:-1], widths[1:], (1, 3, 1), strict=True)
         )
 
-    def forward(self, x: Tensor) -> Tensor:  # [N, channels / 2, H, W], before and after
-        for norm, conv in zip(self.norms, self.convs, strict=True):
-            x = conv(norm(x))  # [N, channels / 8, H, W], at last [N, channels / 2, H, W]
-        return x
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:  # [N, channels / 2, H, W]
+        for norm, conv in zip(self.norms[:-1], self.convs[:-1], strict=True):
+            x = conv(norm(x))  # [N, channels / 8, H, W]
+        return self.convs[-1](self.norms[-1](x), residual)
 
 
 class RevNet(nn.Module):
@@ -47,7 +59,7 @@ class RevNet(nn.Module):
     def __init__(self, config: EncoderConfig, layers: Layers):
         super().__init__()
         widths = [config.base_channels * 4 * 2**stage for stage in range(len(config.depths))]
-        self.stem = Stem(layers, config, widths[0])
+        self.stem = RevNetStem(layers, config, widths[0])
         self.stages = nn.ModuleList(
             nn.ModuleList(RevNetUnit(layers, config, width) for _ in range(depth))
             for width, depth in zip(widths, config.depths, strict=True)
@@ -56,7 +68,7 @@ class RevNet(nn.Module):
         self.reversible = False
 
     def forward(self, x: Tensor) -> Tensor:
-        x1, x2 = self.stem(x).chunk(2, dim=1)  # [N, 2 * base_channels, S / 4, S / 4] each
+        x1, x2 = self.stem(x)  # [N, 2 * base_channels, S / 4, S / 4] each
         for i, stage in enumerate(self.stages):
             if i > 0:  # zeros outside: (0, x1) and (x2, 0), twice the channels at half the resolution
                 half = x1.shape[1]

@@ -69,7 +69,7 @@ def test_generate(tmp_path: Path, folder: str) -> None:
     assert (
         main(["generate", folder, "-n", "5", "-o", str(tmp_path / "grid.png"), "--columns", "3", "--scale", "1"]) == 0
     )
-    expected = to_uint8(load(folder).generate(5, seed=0))
+    expected = to_uint8(load(folder, fuse=True).generate(5, seed=0))
     found = cells(tmp_path / "grid.png", 3, 32)
     assert np.array_equal(found[:5], expected)
     assert (found[5] == 255).all()
@@ -77,12 +77,12 @@ def test_generate(tmp_path: Path, folder: str) -> None:
     assert main(["generate", "--model", folder, "-n", "34", "-o", f"{tmp_path}/single/", "--seed", "0"]) == 0
     names = sorted(path.name for path in (tmp_path / "single").iterdir())
     assert names == [f"{index:06d}.png" for index in range(34)]
-    for index, image in enumerate(to_uint8(load(folder).generate(34, seed=0))):
+    for index, image in enumerate(to_uint8(load(folder, fuse=True).generate(34, seed=0))):
         assert abs(pixels(tmp_path / f"single/{index:06d}.png").astype(int) - image).max() <= 1
         assert index >= 5 or abs(image.astype(int) - expected[index]).max() <= 1  # a larger number adds images
     options = ["--truncation", "0.5", "--truncation-mode", "scale", "--upsample", "--seed", "3", "--columns", "1"]
     assert main(["generate", folder, "-n", "2", "-o", str(tmp_path / "up.png"), *options]) == 0
-    upsampled = load(folder).generate(2, seed=3, truncation=0.5, truncation_mode="scale", upsample=True)
+    upsampled = load(folder, fuse=True).generate(2, seed=3, truncation=0.5, truncation_mode="scale", upsample=True)
     assert np.array_equal(cells(tmp_path / "up.png", 1, 64), to_uint8(upsampled))
 
 
@@ -93,7 +93,7 @@ def test_reconstruct_shows_originals_above_reconstructions(tmp_path: Path, folde
     assert main(["reconstruct", *inputs, "-o", str(output), "--model", folder, "--columns", "4", "--scale", "1"]) == 0
     found = cells(output, 4, 32).reshape(2, 2, 4, 32, 32, 3)  # pairs of rows; above and below; columns
     order = [files[4], *files]
-    again = to_uint8(load(folder).reconstruct(order))
+    again = to_uint8(load(folder, fuse=True).reconstruct(order))
     for index, file in enumerate(order):
         assert np.array_equal(found[index // 4, 0, index % 4], pixels(file))
         assert np.array_equal(found[index // 4, 1, index % 4], again[index])
@@ -103,13 +103,13 @@ def test_reconstruct_shows_originals_above_reconstructions(tmp_path: Path, folde
     assert main(["reconstruct", str(files[0]), "-o", str(output), "--model", folder, *options]) == 0
     above, below = cells(output, 1, 64)
     assert np.array_equal(above[::2, ::2], 255 - pixels(files[0]))
-    expected = load(folder).reconstruct(files[0], use_sample=True, seed=4, upsample=True, invert=True)
+    expected = load(folder, fuse=True).reconstruct(files[0], use_sample=True, seed=4, upsample=True, invert=True)
     assert np.array_equal(below, to_uint8(expected)[0])
 
 
 def test_interpolate(tmp_path: Path, folder: str) -> None:
     a, b = map(str, make_images(tmp_path / "in", 2))
-    model, output = load(folder), tmp_path / "strip.png"
+    model, output = load(folder, fuse=True), tmp_path / "strip.png"
     z = model.encode([a, b]).z_mean
     for option, middle in (([], (z[0] + z[1]) / 2), (["--spherical"], None)):
         assert (
@@ -141,7 +141,7 @@ def test_encode_reports_in_its_exit_code(tmp_path: Path, folder: str, capsys: py
         "none",
     ]
     assert main(["encode", str(tmp_path / "in"), *options]) == 0
-    expected = load(folder).encode(files, seed=2, crop="none")
+    expected = load(folder, fuse=True).encode(files, seed=2, crop="none")
     with np.load(output) as arrays:
         assert sorted(arrays) == ["avepool_feat", "paths", "z_sample"]
         assert np.array_equal(arrays["z_sample"], expected.z_sample.numpy())

@@ -9,6 +9,7 @@ import sys
 from bigbigan.commands.options import (
     Commands,
     add_command,
+    add_fuse_option,
     add_image_options,
     add_model_options,
     image_options,
@@ -57,6 +58,7 @@ def add_parsers(commands: Commands) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of z_sample (default: %(default)s)")
     add_image_options(parser)
     add_model_options(parser)
+    add_fuse_option(parser)
 
 
 def _encode(arguments: argparse.Namespace) -> int:

@@ -50,6 +50,16 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     add_run_options(parser)
 
 
+def add_fuse_option(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("speed")
+    group.add_argument(
+        "--no-fuse",
+        dest="fuse",
+        action="store_false",
+        help="run the networks as they are defined; by default they are put into a faster, equal form first",
+    )
+
+
 def add_image_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("reading images (PNG, JPEG, WebP, GIF, BMP, TIFF)")
     group.add_argument(
@@ -106,12 +116,13 @@ def choose_device(name: str) -> str:
 
 
 def open_model(arguments: argparse.Namespace, parts: Sequence[str] | None, name: str | None = None) -> BigBiGAN:
-    """The model that the options (or `name`) ask for."""
+    """The model that the options (or `name`) ask for; fused if the verb has the option and it was not taken back."""
     from bigbigan import hub
 
     set_threads(arguments)
     device = choose_device(arguments.device)
-    return hub.load(name or arguments.model, revision=arguments.revision, parts=parts, device=device)
+    options = {"revision": arguments.revision, "fuse": getattr(arguments, "fuse", False)}
+    return hub.load(name or arguments.model, parts=parts, device=device, **options)
 
 
 def check_picture(path: str, inputs: Sequence[str | Path] = ()) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from bigbigan.commands.options import (
     Commands,
     add_command,
+    add_fuse_option,
     add_image_options,
     add_model_options,
     check_picture,
@@ -64,6 +65,7 @@ def _add_generate(commands: Commands) -> None:
     parser.add_argument("--upsample", action="store_true", help="enlarge to the size of the `upsampled` output")
     _add_layout_options(parser, "the square root of N")
     add_model_options(parser)
+    add_fuse_option(parser)
 
 
 def _add_reconstruct(commands: Commands) -> None:
@@ -85,6 +87,7 @@ def _add_reconstruct(commands: Commands) -> None:
     _add_layout_options(parser, "8")
     add_image_options(parser)
     add_model_options(parser)
+    add_fuse_option(parser)
 
 
 def _add_interpolate(commands: Commands) -> None:
@@ -106,6 +109,7 @@ def _add_interpolate(commands: Commands) -> None:
     _add_layout_options(parser)
     add_image_options(parser)
     add_model_options(parser)
+    add_fuse_option(parser)
 
 
 def _add_layout_options(parser: argparse.ArgumentParser, columns: str | None = None) -> None:

@@ -265,7 +265,7 @@ def _encode_pieces(
     def flush() -> None:
         if batch:
             x = torch.cat(batch)
-            batches.append(encode(x.pin_memory() if encode.network.latent.weight.is_cuda else x, 0))
+            batches.append(encode(x.pin_memory() if encode.device.type == "cuda" else x, 0))
             batch.clear()
 
     def rows() -> dict[str, Tensor]:

@@ -78,7 +78,7 @@ class BatchEncoder:
         if not outputs:
             raise ValueError(f"no outputs named; an encoder gives {', '.join(widths)}")
         self.network, self.widths = model.encoder, {name: widths[name] for name in outputs}
-        self.batch_size = batch_size
+        self.batch_size, self.device = batch_size, model.device
         self._model, self._seed = model, seed
 
     def __call__(self, x: Tensor, start: int) -> dict[str, Tensor]:

@@ -1,0 +1,350 @@
+"""Fused networks against their plain forms: numbers, saved bytes, inputs left alone, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from command_line import home, make_images, pixels  # noqa: F401 (home: a fixture for every test here)
+from reference import random_images, random_normal, randomize
+from safetensors.torch import load_file
+from torch import Tensor
+
+from bigbigan import BigBiGAN, Encoder, Generator, create_model, load
+from bigbigan import fuse as fuse_module
+from bigbigan.cli import main
+from bigbigan.config import BigBiGANConfig, DiscriminatorConfig, EncoderConfig, GeneratorConfig, MLPConfig
+from bigbigan.evaluation.encoding import encode_files, find_images
+from bigbigan.fuse import fuse
+from bigbigan.fused import UpsampleConvolution
+from bigbigan.layers import Layers, UpsampleConv2d
+from bigbigan.onnx import export_program
+from bigbigan.presets import PRESETS, get_preset
+
+TOLERANCE = 2e-5  # of the largest value of an output
+HEAD = MLPConfig(16, 4)
+
+
+def narrow(config: BigBiGANConfig) -> BigBiGANConfig:
+    """The same layers at the same resolutions, with few channels."""
+    changes: dict[str, Any] = {}
+    if isinstance(config.generator, GeneratorConfig):
+        changes["generator"] = dataclasses.replace(config.generator, base_channels=4)
+    if isinstance(config.encoder, EncoderConfig):
+        changes["encoder"] = dataclasses.replace(config.encoder, base_channels=8, head=HEAD)
+    if isinstance(config.discriminator, DiscriminatorConfig):
+        changes["discriminator"] = dataclasses.replace(
+            config.discriminator, base_channels=4, z_mlp=HEAD, joint_mlp=HEAD
+        )
+    return dataclasses.replace(config, **changes)
+
+
+@torch.no_grad()
+def make(config: BigBiGANConfig, dtype: torch.dtype = torch.float32, parts: Any = None) -> BigBiGAN:
+    """Random weights and statistics, of sizes at which neither form rounds its last digits away.
+
+    Attention and images near saturation, and gains far from one, amplify the rounding of both.
+    """
+    model = BigBiGAN(config, parts)
+    randomize(model)
+    for name, parameter in model.named_parameters():
+        if "theta" in name or "gain.linear.weight" in name or name == "generator.conv.weight":
+            parameter.mul_(0.2)
+    return model.to(dtype).eval()
+
+
+def inputs(config: Any, batch: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    images = random_images(batch, config.image_channels, config.resolution, config.resolution)
+    return images.to(dtype), random_normal(batch, config.z_dim).to(dtype)
+
+
+@torch.no_grad()
+def outputs(model: BigBiGAN, batch: int = 3) -> dict[str, Tensor]:
+    """Every output of every part."""
+    found: dict[str, Tensor] = {}
+    for part in model.parts:
+        network = getattr(model, part)
+        x, z = inputs(network.config, batch, model.dtype)
+        out = network(z) if part == "generator" else network(x, z)
+        named = {"images": out} if isinstance(out, Tensor) else dataclasses.asdict(out)
+        found |= {f"{part} {name}": tensor for name, tensor in named.items() if tensor is not None}
+    return found
+
+
+def assert_equal(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = TOLERANCE) -> None:
+    assert actual.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert actual[name].shape == tensor.shape and actual[name].dtype == tensor.dtype, name
+        assert torch.isfinite(tensor).all(), name
+        difference = (actual[name] - tensor).abs().max().item()
+        assert difference <= tolerance * tensor.abs().max().item(), f"{name}: {difference}"
+
+
+@pytest.fixture(params=["packed", "plain"])
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """oneDNN's kernels on packed weights where there are any, for narrow layers too, and PyTorch's own."""
+    monkeypatch.setattr(fuse_module, "PACKED_LINEAR", 1)
+    if request.param == "plain":
+        monkeypatch.setattr("bigbigan.kernels.packs", lambda: False)
+    yield request.param
+
+
+# ---- numbers ----
+
+
+def distinct_parts(change: Callable[[BigBiGANConfig], BigBiGANConfig]) -> Iterator[Any]:
+    """Every network that a preset has, once, under the name of the first that has it."""
+    seen: set[Any] = set()
+    for name, preset in PRESETS.items():
+        config = change(preset.config)
+        for part in config.parts:
+            if getattr(config, part) not in seen:
+                seen.add(getattr(config, part))
+                yield pytest.param(config, part, id=f"{name}-{part}")
+
+
+@pytest.mark.parametrize(("config", "part"), list(distinct_parts(narrow)))
+def test_every_preset_gives_the_same(config: BigBiGANConfig, part: str) -> None:
+    model = make(config, parts=(part,))
+    before = outputs(model, 2)
+    assert_equal(outputs(model.fuse(), 2), before)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("config", "part"), list(distinct_parts(lambda config: config)))
+def test_every_preset_of_full_size_gives_the_same(config: BigBiGANConfig, part: str) -> None:
+    model = make(config, parts=(part,))
+    before = {batch: outputs(model, batch) for batch in (1, 2)}
+    model.fuse()
+    for batch, expected in before.items():
+        assert_equal(outputs(model, batch), expected)
+
+
+ENCODERS = {
+    "SAME": {"stem_padding": "same", "strided_padding": "same", "pool_padding": "same"},
+    "raw": {"shortcut": "raw", "last_relu": False, "bn_affine": False, "pool_padding": "ignore"},
+    "odd side": {"resolution": 70},
+    "basic": {"block": "basic", "stem": "small", "resolution": 32},
+    "revnet": {"architecture": "revnet"},
+    "revnet, odd side": {"architecture": "revnet", "resolution": 70, "stem_padding": "same", "bn_affine": False},
+    "revnet, small stem": {"architecture": "revnet", "stem": "small", "resolution": 16},
+}
+
+
+@pytest.mark.parametrize("options", ENCODERS.values(), ids=ENCODERS)
+def test_in_float64_nothing_but_the_last_digits_differ(options: dict[str, Any]) -> None:
+    config: Any = {"resolution": 64, "depths": (2, 1, 2), "base_channels": 6, "z_dim": 5, "head": HEAD, **options}
+    encoder = randomize(Encoder(EncoderConfig(**config))).eval()
+    x, z = inputs(encoder.config, 3, torch.float64)
+    with torch.no_grad():
+        before = dataclasses.asdict(encoder(x, z))
+        after = dataclasses.asdict(fuse(encoder)(x, z))
+    assert_equal(after, before, 1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("channels", [1, 1 << 20])
+def test_both_ways_to_upsample(
+    channels: int, dtype: torch.dtype, kernels: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fuse_module, "MANY_CHANNELS", channels)
+    config = dataclasses.replace(get_preset("bigbigan-resnet50").config, encoder=None, discriminator=None)
+    model = make(narrow(config), dtype)
+    before, state = outputs(model), copy.deepcopy(model.state_dict())
+    after = outputs(model.fuse())
+    assert_equal(after, before, TOLERANCE if dtype == torch.float32 else 1e-12)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+
+
+def test_nine_products_by_hand() -> None:
+    plain = UpsampleConv2d(Layers(), 1, 1).double().eval()
+    with torch.no_grad():
+        plain.conv.weight.copy_(torch.arange(1.0, 10.0).view(1, 1, 3, 3))
+        plain.conv.bias.fill_(100)  # type: ignore[union-attr]
+        out = UpsampleConvolution(plain)(torch.tensor([[[[1.0, 10.0]]]]).double())
+    # Upsampled: 1 1 10 10, twice. Row 0 sees kernel rows 4 5 6 and 7 8 9, row 1 sees 1 2 3 and 4 5 6.
+    row0 = [100 + 13 + 15, 100 + 11 + 13 + 150, 100 + 11 + 130 + 150, 100 + 110 + 130]
+    row1 = [100 + 7 + 9, 100 + 5 + 7 + 90, 100 + 5 + 70 + 90, 100 + 50 + 70]
+    assert out[0, 0].tolist() == [row0, row1]
+
+
+@pytest.mark.parametrize("name", ["bigbigan-tiny", "bigbigan-low-res-g-64"])
+def test_pieces_of_a_batch_change_nothing(name: str, kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make(narrow(get_preset(name).config))
+    before = {batch: outputs(model, batch) for batch in (1, 8)}
+    monkeypatch.setattr(fuse_module, "PIECE_BYTES", 1)
+    model.fuse()
+    assert model.generator.piece == 1  # type: ignore[union-attr]
+    for batch, expected in before.items():
+        assert_equal(outputs(model, batch), expected)
+
+
+def test_a_folder_is_encoded_by_a_fused_model(kernels: str, tmp_path: Path) -> None:
+    model = load(parts=("encoder",))
+    files = find_images(make_images(tmp_path / "pictures", 10))
+    for name in ("plain", "fused"):
+        encode_files(model, files, tmp_path / f"{name}.safetensors", batch_size=7, workers=0)
+        model.fuse()
+    expected = load_file(tmp_path / "plain.safetensors")
+    assert len(expected["z_sample"]) == len(files)
+    assert_equal(load_file(tmp_path / "fused.safetensors"), expected)
+
+
+def test_inputs_stay_as_they_are(kernels: str) -> None:
+    model = make(narrow(get_preset("bigbigan-revnet50").config)).fuse()
+    for part in model.parts:
+        x, z = inputs(getattr(model, part).config, 2, torch.float32)
+        for form in (torch.contiguous_format, torch.channels_last):
+            given = (z,) if part == "generator" else (x.contiguous(memory_format=form), z)
+            kept = copy.deepcopy(given)
+            getattr(model, part)(*given)
+            assert all(map(torch.equal, given, kept))
+
+
+def test_images_are_contiguous_and_repeat() -> None:
+    model = make(narrow(get_preset("bigbigan-base").config)).fuse()
+    z = model.sample_latents(2, seed=0)
+    assert model.generate(z).is_contiguous()
+    assert torch.equal(model.generate(z), model.generate(z))
+
+
+def test_half_precision_stays_near() -> None:
+    model = make(narrow(get_preset("bigbigan-base").config), torch.bfloat16)
+    before = outputs(model)
+    assert_equal(outputs(model.fuse()), before, 0.1)
+
+
+# ---- state ----
+
+
+@pytest.mark.parametrize("name", ["bigbigan-tiny", "bigbigan-revnet50x4", "bigan-mnist-mlp"])
+def test_a_fused_model_saves_the_plain_bytes(name: str, kernels: str, tmp_path: Path) -> None:
+    model = make(narrow(get_preset(name).config))
+    model.save(tmp_path / "plain")
+    model.fuse().save(tmp_path / "fused")
+    names = sorted(path.name for path in (tmp_path / "plain").iterdir())
+    assert len(names) == 5
+    for file in names:
+        assert (tmp_path / "fused" / file).read_bytes() == (tmp_path / "plain" / file).read_bytes(), file
+
+
+def test_load_fuses(tmp_path: Path) -> None:
+    create_model("bigbigan-tiny", seed=3).save(tmp_path / "tiny")
+    plain, fused = load(tmp_path / "tiny"), load(tmp_path / "tiny", fuse=True)
+    assert (fused.device, fused.dtype, fused.parts) == (plain.device, plain.dtype, plain.parts)
+    assert_equal(outputs(fused), outputs(plain))
+    assert fused.fuse() is fused
+    generator = Generator.from_pretrained(tmp_path / "tiny", fuse=True)
+    assert isinstance(generator, Generator) and not isinstance(generator.blocks[0].conv1, UpsampleConv2d)
+    half = load(tmp_path / "tiny", fuse=True, dtype=torch.float64)
+    assert half.dtype == torch.float64 and half.generate(1, seed=0).dtype == torch.float64
+
+
+def test_a_copy_lives_on_its_own() -> None:
+    model = make(narrow(get_preset("bigbigan-tiny").config)).fuse()
+    before, twin = outputs(model), copy.deepcopy(model)
+    del model
+    assert_equal(outputs(twin), before, 0)
+
+
+REFUSALS: dict[str, tuple[Callable[[BigBiGAN], object], str]] = {
+    "training": (lambda m: m.train(), "a fused generator does not train: take the plain form"),
+    "weights": (lambda m: m.load_state_dict(m.state_dict()), "takes no weights: load them into the plain form"),
+    "weights of a part": (lambda m: m.part("encoder").load_state_dict({}), "a fused encoder takes no weights"),
+    "dtype": (lambda m: m.double(), "stays torch.float32 on cpu"),
+    "device": (lambda m: m.to("meta"), "fuses after the model is moved"),
+    "compiling": (lambda m: m.compile(), "a fused generator is not compiled or exported: take the plain form"),
+    "exporting": (lambda m: export_program(m, "encoder"), "a fused encoder is not compiled or exported"),
+    "gradients": (
+        lambda m: m.part("generator")(torch.zeros(1, m.config.z_dim, requires_grad=True)),
+        "a fused generator gives no gradients",
+    ),
+}
+
+
+@pytest.mark.parametrize(("call", "message"), REFUSALS.values(), ids=REFUSALS)
+def test_what_a_fused_model_refuses(call: Callable[[BigBiGAN], object], message: str) -> None:
+    model = create_model("bigbigan-tiny").fuse()
+    with pytest.raises(RuntimeError, match=message):
+        call(model)
+    before = outputs(create_model("bigbigan-tiny"))
+    assert_equal(outputs(model.to("cpu").float().eval()), before)  # what changes nothing is no error
+
+
+def test_outputs_carry_no_gradient() -> None:
+    model = create_model("bigbigan-tiny").fuse()
+    assert not model.part("generator")(torch.zeros(1, model.config.z_dim)).requires_grad
+
+
+def test_the_training_form_is_not_fused() -> None:
+    config = get_preset("bigbigan-tiny").config.generator
+    assert isinstance(config, GeneratorConfig)
+    with pytest.raises(RuntimeError, match="inference form"):
+        fuse(Generator(config, spectral_norm=True).eval())
+
+
+def test_a_training_model_is_not_fused() -> None:
+    with pytest.raises(RuntimeError, match=r"call eval\(\) first"):
+        create_model("bigbigan-tiny").train().fuse()
+
+
+# ---- command line and memory ----
+
+
+def test_the_command_line_fuses_by_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[type] = []
+    monkeypatch.setattr("bigbigan.modelfolder.fuse_part", lambda network: calls.append(type(network)) or fuse(network))
+    verbs = {
+        "generate": ["-n", "4", "--scale", "1"],
+        "reconstruct": ["--scale", "1"],
+    }
+    for verb, options in verbs.items():
+        for flags in ([], ["--no-fuse"]):
+            calls.clear()
+            assert main([verb, *options, *flags, "-o", str(tmp_path / f"{verb}{len(flags)}.png"), "--quiet"]) == 0
+            assert bool(calls) == (not flags), verb
+        fused, plain = (pixels(tmp_path / f"{verb}{n}.png").astype(int) for n in (0, 1))
+        assert abs(fused - plain).max() <= 1
+    picture = str(tmp_path / "generate0.png")
+    for flags in ([], ["--no-fuse"]):
+        target = str(tmp_path / f"features{len(flags)}.safetensors")
+        assert main(["encode", picture, "-o", target, *flags, "--quiet"]) == 0
+    fused, plain = (load_file(tmp_path / f"features{n}.safetensors") for n in (0, 1))
+    assert_equal({k: v for k, v in fused.items() if v.is_floating_point()}, plain)
+
+
+MEMORY = """
+import sys, torch, bigbigan
+from pathlib import Path
+def resident(field):
+    return next(int(l.split()[1]) for l in Path("/proc/self/status").read_text().splitlines() if l.startswith(field))
+folder, part, form = sys.argv[1:]
+torch.set_num_threads(1)
+bigbigan.create_model("bigbigan-tiny").fuse().generate(1, seed=0)  # what any first use takes
+before = resident("VmRSS")
+model = bigbigan.load(folder, parts=(part,), fuse=form == "fused")
+if form == "plain":
+    for tensor in model.state_dict().values():
+        tensor.sum()  # reads what is only mapped
+print((resident("VmHWM") - before) * 1024 / (Path(folder) / f"{part}.safetensors").stat().st_size)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("name", ["bigbigan-resnet50", "bigbigan-revnet50x4"])
+def test_loading_takes_little_more_memory_than_the_weights(name: str, tmp_path: Path) -> None:
+    create_model(name, parts=("generator", "encoder")).save(tmp_path / "model")
+    for part in ("generator", "encoder"):
+        for form, limit in (("plain", 1.15), ("fused", 1.6)):
+            command = [sys.executable, "-c", MEMORY, str(tmp_path / "model"), part, form]
+            grown = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+            print(f"{name}, {part}, {form}: at most {grown:.2f} of the weights")
+            assert grown < limit, (part, form)
