@@ -32,6 +32,7 @@ from bigbigan.evaluation import (
     timm_features,
 )
 from bigbigan.evaluation.encoding import encode_files, find_images
+from bigbigan.evaluation.representations import logit
 from bigbigan.images import preprocess
 from bigbigan.layers import BatchNorm
 
@@ -320,3 +321,20 @@ def test_files_without_features_are_named(tmp_path: Path) -> None:
     np.save(objects, np.array([{}], object), allow_pickle=True)
     with pytest.raises(ValueError, match="no readable feature file"):
         read_features(objects)
+
+
+def test_logits_are_what_the_encoder_maps_to_latents() -> None:
+    model = create_model("bigan-mnist-mlp").eval()
+    x = images(5, 28, 1).float() / 127.5 - 1
+    found: list[Tensor] = []
+    encoder = model.part("encoder")
+    encoder.latent.register_forward_hook(lambda module, given, out: found.append(out))
+    with torch.no_grad():
+        encoder.latent.weight.mul_(10)
+    rows = model_features(model, ["z_logit", "z_mean"]).features(x)
+    assert 2 < found[0].abs().max() < 9  # where float32 still tells z from 1
+    torch.testing.assert_close(rows["z_logit"], found[0], rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(rows["z_mean"], torch.tanh(found[0] / 2))
+    assert logit(torch.tensor([1.0, -1.0])).abs().max() < 19
+    with pytest.raises(ValueError, match="z_logit is of models with a uniform prior"):
+        model_features(create_model("bigbigan-tiny"), ["z_logit"])

@@ -62,7 +62,8 @@ def add_feature_options(parser: argparse.ArgumentParser, default: str) -> None:
         type=names,
         default=default,
         metavar="LIST",
-        help="encoder outputs, with commas between (default: %(default)s)",
+        help="encoder outputs, with commas between, or z_logit: z_mean before it was mapped into (-1, 1), where it is "
+        "(default: %(default)s)",
     )
     parser.add_argument(
         "--compare", type=spec, action="append", default=[], metavar="SPEC", help="also measure this; repeatable"

@@ -18,6 +18,8 @@ from bigbigan.schema import to_dict
 
 MAX_PCA_PIXELS = 12_288  # their covariance takes 1.1 GiB
 
+_MAPPED = {"z_logit": "z_mean"}
+
 FeatureFunction = Callable[[Tensor], Tensor]
 
 
@@ -68,19 +70,36 @@ def model_features(
 ) -> Representation:
     """Encoder outputs of one of this package's models, under its own preprocessing.
 
+    `z_logit`, of models whose latents lie in (-1, 1), is what the encoder maps to z_mean = 2 sigmoid(z_logit) - 1:
+    BiGAN's authors score E(x) as a feature before that map.
+
     Raises:
         ValueError: the model has no encoder, or encoders have no such output.
     """
-    encoder = BatchEncoder(model, outputs, batch_size, seed)
+    config = model.config.generator
+    if "z_logit" in outputs and (config is None or config.prior != "uniform"):
+        raise ValueError("z_logit is of models with a uniform prior; take z_mean")
+    encoder = BatchEncoder(model, [*dict.fromkeys(_MAPPED.get(output, output) for output in outputs)], batch_size, seed)
+
+    def encode(images: Tensor, start: int) -> dict[str, Tensor]:
+        rows = encoder(images, start)
+        return rows | {output: logit(rows[z]) for output, z in _MAPPED.items() if output in outputs}
+
     what = [digest(encoder.network), seed if "z_sample" in outputs else 0, model.device.type]
     return Representation(
         name or model.info.name or "model",
-        encoder,
-        tuple(encoder.widths),
+        encode,
+        tuple(dict.fromkeys(outputs)),
         model.config.preprocess,
         model.config.image_channels,
         _sha256(what),
     )
+
+
+def logit(z: Tensor) -> Tensor:
+    """l of z = 2 sigmoid(l) - 1, at most 18: where z was rounded to 1, of the middle of what is rounded to that."""
+    limit = 1 - 2**-25
+    return (2 * torch.atanh(z.double().clamp(-limit, limit))).float()
 
 
 def function_features(
