@@ -24,7 +24,7 @@ from bigbigan.config import BigBiGANConfig, DiscriminatorConfig, EncoderConfig, 
 from bigbigan.evaluation.encoding import encode_files, find_images
 from bigbigan.fuse import fuse
 from bigbigan.fused import UpsampleConvolution
-from bigbigan.layers import Layers, UpsampleConv2d
+from bigbigan.layers import ConditionalNormReLU, Layers, NormReLU, UpsampleConv2d
 from bigbigan.onnx import export_program
 from bigbigan.presets import PRESETS, get_preset
 
@@ -115,6 +115,21 @@ def test_every_preset_gives_the_same(config: BigBiGANConfig, part: str) -> None:
     model = make(config, parts=(part,))
     before = outputs(model, 2)
     assert_equal(outputs(model.fuse(), 2), before)
+
+
+@pytest.mark.parametrize(("config", "part"), list(distinct_parts(narrow)))
+def test_no_plain_leaf_remains(config: BigBiGANConfig, part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fuse_module, "PACKED_LINEAR", 1)
+    model = make(config, parts=(part,)).fuse()
+    plain = {*fuse_module.LEAVES, *fuse_module.LINEAR, NormReLU, ConditionalNormReLU}
+    assert not [name for name, module in model.named_modules() if type(module) in plain]
+
+
+def test_autocast_leaves_a_fused_model_alone() -> None:
+    model = create_model("bigbigan-tiny").fuse()
+    before = outputs(model)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert_equal(outputs(model), before, 0)
 
 
 @pytest.mark.slow
