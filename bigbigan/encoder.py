@@ -82,7 +82,7 @@ class Encoder(nn.Module, Pretrained):
         Without noise it is drawn afresh, without touching torch's global generator.
         """
         wide = torch.promote_types(x.dtype, torch.float32)  # half precision would lose the mean
-        pooled = self.forward_features(x).mean(dim=(2, 3), dtype=wide).to(x.dtype)  # [N, num_features]
+        pooled = self.trunk(x).mean(dim=(2, 3), dtype=wide).to(x.dtype)  # [N, num_features]
         bn_crelu = crelu(self.feature_norm(pooled))  # [N, 2 * num_features]
         latent = self.latent(self.head(pooled)).to(x.dtype)  # [N, z_dim], or twice that
         if self.config.output != "stochastic":

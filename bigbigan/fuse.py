@@ -11,7 +11,6 @@ What is swapped, and why it is equal:
 - gain and offset of a conditional batch norm: one linear layer, with the statistics in it
 - channels of zeros between RevNet's stages: constants of the convolution that reads them
 - attention: its three input convolutions as one, gamma in its last one, and scores that stay in the cache
-
 - a batch runs in pieces whose activations fit into memory at hand
 
 Sums are made in float64 and rounded once. `bigbigan.kernels` says what runs where.
@@ -19,6 +18,7 @@ Sums are made in float64 and rounded once. `bigbigan.kernels` says what runs whe
 
 from __future__ import annotations
 
+import copy
 import itertools
 import logging
 import math
@@ -68,6 +68,7 @@ PIECE_BYTES = 28 << 20  # of the largest activation: the C library takes fresh p
 FREED_BYTES = 31 << 20
 PACKED_LINEAR = 1 << 16  # weights from which packing a linear layer pays
 MANY_CHANNELS = 256  # from here an upsampling convolution's multiplications cost more than the sums of its outputs
+PLAIN = "take the plain form, load(..., fuse=False)"
 M = TypeVar("M", bound=nn.Module)
 Sides = WeakKeyDictionary[nn.Module, Side]  # weak: a plain leaf is to go as soon as it is replaced
 
@@ -78,7 +79,7 @@ Sides = WeakKeyDictionary[nn.Module, Side]  # weak: a plain leaf is to go as soo
 def in_float64(make: Callable[..., Tensor], weight: Tensor, *vectors: Tensor) -> Tensor:
     """What is made of [O, …] and of vectors [O] in float64, rounded; a few rows at a time, as all would be large."""
     out: Tensor | None = None
-    for rows in torch.arange(len(weight)).split(64):
+    for rows in (slice(start, start + 64) for start in range(0, len(weight), 64)):
         part = make(weight[rows].double(), *(vector[rows] for vector in vectors))
         out = weight.new_empty(len(weight), *part.shape[1:]) if out is None else out
         out[rows] = part.to(weight.dtype)
@@ -124,7 +125,7 @@ def convolution(plain: nn.Conv2d, sides: Sides) -> Leaf:
 
 def upsampling(plain: UpsampleConv2d, sides: Sides) -> Leaf:
     conv = plain.conv
-    if conv.in_channels >= MANY_CHANNELS and conv.weight.device.type == "cpu":
+    if conv.in_channels >= MANY_CHANNELS:
         return UpsampleConvolution(plain)
     weight = in_float64(box_kernel, conv.weight).flip(2, 3).transpose(0, 1)  # [I, O, 4, 4]
     return Convolution(plain, Kernel(weight, conv.bias, sides[plain], 2, 1, up=True))
@@ -183,10 +184,13 @@ class InPieces:
 
     piece: int
 
-    def forward(self, x: Tensor) -> Tensor:
-        run = super().forward  # type: ignore[misc]
-        pieces = x.chunk(-(-len(x) // self.piece))  # of equal size
-        return run(x) if len(pieces) == 1 else torch.cat([run(piece) for piece in pieces])
+    def forward(self, *inputs: Tensor, **named: Tensor) -> Tensor:
+        run, (x,) = super().forward, (*inputs, *named.values())  # type: ignore[misc]
+        pieces = x.tensor_split(max(-(-len(x) // self.piece), 1))
+        out = run(x) if len(pieces) == 1 else torch.cat([run(piece) for piece in pieces])
+        # oneDNN's ReLU makes zeros of NaN: what a plain network shows of a broken input is put back.
+        broken = ~x.sum(dim=list(range(1, x.ndim)), dtype=torch.promote_types(x.dtype, torch.float32)).isfinite()
+        return out.masked_fill_(broken.view(-1, *[1] * (out.ndim - 1)), torch.nan) if broken.any() else out
 
 
 class FusedPart:
@@ -194,32 +198,52 @@ class FusedPart:
 
     fused_for: tuple[torch.device, torch.dtype]
 
-    def forward(self, *inputs: Tensor | None) -> Any:
+    def forward(self, *inputs: Tensor | None, **named: Tensor | None) -> Any:
+        return self.infer(super().forward, *inputs, **named)  # type: ignore[misc]
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        return self.infer(super().forward_features, x)  # type: ignore[misc]
+
+    def infer(self, run: Callable[..., Any], *inputs: Tensor | None, **named: Tensor | None) -> Any:
+        """What `run` gives, without gradients, and under autocast in the part's own dtype."""
         if torch.compiler.is_compiling():
             self.compile()
-        if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
-            raise RuntimeError(f"{_name(self)} gives no gradients: take the plain form, load(..., fuse=False)")
-        device = self.fused_for[0].type
-        with torch.no_grad(), torch.autocast(device, enabled=False):
-            out = super().forward(*inputs)  # type: ignore[misc]
+        given = [x for x in (*inputs, *named.values()) if x is not None]
+        if torch.is_grad_enabled() and any(x.requires_grad for x in given):
+            raise RuntimeError(f"{_name(self)} gives no gradients: {PLAIN}")
+        if any(module._forward_hooks for module in self.modules() if module is not self):  # type: ignore[attr-defined]
+            raise RuntimeError(f"{_name(self)} overwrites what forward hooks inside it would see: {PLAIN}")
+        device, dtype = self.fused_for
+        if torch.is_autocast_enabled(device.type):
+            inputs = tuple(x if x is None else x.to(dtype) for x in inputs)
+            named = {name: x if x is None else x.to(dtype) for name, x in named.items()}
+        elif wrong := [x.dtype for x in given if x.dtype != dtype]:
+            raise RuntimeError(f"{_name(self)} is {dtype} and its input {wrong[0]}: convert one to the other")
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            out = run(*inputs, **named)
         return out.contiguous() if isinstance(out, Tensor) else out  # images, whose order in memory users rely on
 
     def compile(self, *_: Any, **__: Any) -> None:
-        raise RuntimeError(f"{_name(self)} is not compiled or exported: take the plain form, load(..., fuse=False)")
+        raise RuntimeError(f"{_name(self)} is not compiled or exported: {PLAIN}")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        twin = memo[id(self)] = self.__class__.__new__(self.__class__)
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return twin
+
+    def __getstate__(self) -> Any:
+        raise RuntimeError(f"{_name(self)} is not pickled: load it in each process, or {PLAIN}")
 
     def train(self, mode: bool = True) -> Any:
         if mode:
-            raise RuntimeError(f"{_name(self)} does not train: take the plain form, load(..., fuse=False)")
+            raise RuntimeError(f"{_name(self)} does not train: {PLAIN}")
         return super().train(mode)  # type: ignore[misc]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         device, dtype = self.fused_for
         moved = fn(torch.empty(0, device=device, dtype=dtype))
         if (moved.device, moved.dtype) != (device, dtype):
-            raise RuntimeError(
-                f"{_name(self)} stays {dtype} on {device}: "
-                "load(..., device=, dtype=, fuse=True) fuses after the model is moved"
-            )
+            raise RuntimeError(f"{_name(self)} stays {dtype} on {device}: load it as it is to be, or {PLAIN}")
         return self
 
     def _load_from_state_dict(self, *_: Any) -> None:
@@ -266,21 +290,34 @@ def largest_activation(network: nn.Module, sizes: Mapping[nn.Module, int]) -> in
     return max(sizes[module] for module in network.modules() if module in sizes and module not in inside)
 
 
+def check_fusible(network: nn.Module) -> None:
+    """Raises RuntimeError, naming the reason, for networks that `fuse` does not take."""
+    if not hasattr(getattr(network, "config", None), "resolution"):
+        raise RuntimeError(
+            f"a {type(network).__name__} is not fused by itself: fuse a generator, an encoder or a discriminator, or "
+            "a model by its method fuse()"
+        )
+    if network.training or any(isinstance(m, SpectralNorm) for m in network.modules()):
+        raise RuntimeError("only a network of the inference form can be fused, in evaluation mode: call eval() first")
+    if network._compiled_call_impl is not None:
+        raise RuntimeError("a compiled network is not fused: do one of the two")
+
+
 @torch.no_grad()
 def fuse(network: M) -> M:
     """The network itself, generator, encoder or discriminator, with its leaves swapped; see the module's text.
 
-    Differences to the plain form are of rounding alone. On devices other than CPU and CUDA it stays as it is.
+    Differences to the plain form are of rounding alone. On other devices than the CPU it stays as it is. What is
+    swapped is gone from then on: an error on the way, as for want of memory, leaves a network of no use.
 
     Raises:
-        RuntimeError: the network is in training mode, or of the training form with spectral norm.
+        RuntimeError: the network is in training mode, of the training form with spectral norm, or compiled.
     """
     if isinstance(network, FusedPart):
         return network
-    if network.training or any(isinstance(m, SpectralNorm) for m in network.modules()):
-        raise RuntimeError("only a network of the inference form can be fused, in evaluation mode: call eval() first")
+    check_fusible(network)
     weight = next(network.parameters())
-    if weight.device.type not in ("cpu", "cuda"):
+    if weight.device.type != "cpu":
         logger.info("nothing is known to be faster on %s than the plain form, which stays", weight.device.type)
         return network
     sides, sizes = trace(network)
@@ -292,6 +329,6 @@ def fuse(network: M) -> M:
     swap(network, sides, LEAVES)
     for tensor in itertools.chain(network.parameters(), network.buffers()):  # as in `Leaf`
         tensor.data = tensor.data.clone()
-    torch.empty(FREED_BYTES, dtype=torch.uint8)
+    torch.empty(FREED_BYTES, dtype=torch.uint8, device="cpu")
     specialize(network, FusedPart, fused_for=(weight.device, weight.dtype))
     return network

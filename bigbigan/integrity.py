@@ -135,7 +135,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         document.pop("__metadata__", None)
         for name, entry in document.items():
             start, end = entry["data_offsets"]
-            data = torch.empty(end - start, dtype=torch.uint8)
+            data = torch.empty(end - start, dtype=torch.uint8, device="cpu")
             file.seek(8 + length + start)
             file.readinto(data.numpy().data)
             tensors[name] = data.view(DTYPES[entry["dtype"]]).view(entry["shape"])

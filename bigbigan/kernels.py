@@ -7,6 +7,7 @@ while a result is at hand. Elsewhere PyTorch's own functions do the same, on wei
 from __future__ import annotations
 
 import functools
+import logging
 import platform
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+logger = logging.getLogger(__name__)
+
 CHANNELS_LAST = torch.channels_last
 SCORE_BYTES = 2 << 20  # of attention at a time: about a core's own cache
 Side = tuple[int, ...]  # height and width
@@ -22,21 +25,36 @@ Side = tuple[int, ...]  # height and width
 
 @functools.cache
 def packs() -> bool:
-    """Whether this machine and this torch have oneDNN's kernels for packed weights."""
-    wanted = (
-        "_convolution_pointwise",
-        "_convolution_pointwise_",
-        "_convolution_transpose_pointwise",
-        "_reorder_convolution_transpose_weight",
-        "_linear_pointwise",
-        "_reorder_linear_weight",
-    )
-    x86 = platform.machine().lower() in ("x86_64", "amd64")
-    return x86 and torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.mkldnn, name) for name in wanted)
+    """Whether this machine and this torch have oneDNN's kernels for packed weights, and these compute what they did."""
+    if platform.machine().lower() not in ("x86_64", "amd64") or not torch.backends.mkldnn.is_available():
+        return False
+    try:  # torch makes no promises about these operators
+        proved = _packed_kernels_agree()
+    except (AttributeError, RuntimeError, TypeError) as error:  # NotImplementedError is a RuntimeError
+        logger.warning("weights are not packed, as torch %s has other kernels for that: %s", torch.__version__, error)
+        return False
+    if not proved:
+        logger.warning("weights are not packed, as torch %s computes something else with them", torch.__version__)
+    return proved
+
+
+@torch.no_grad()
+def _packed_kernels_agree() -> bool:
+    draws = torch.Generator("cpu").manual_seed(0)
+    randn = functools.partial(torch.randn, generator=draws, device="cpu", dtype=torch.float32)
+    x, bias, wide, rows = randn(2, 4, 5, 5), randn(4), randn(4, 4, 4, 4), randn(3, 5)
+    narrow, points = wide[:, :, 1:, 1:], wide[:, :, :1, :1]
+    pairs = [
+        (Kernel(narrow, bias, (5, 5), 1, 1, relu=True, packed=True)(x), F.conv2d(x, narrow, bias, padding=1).relu()),
+        (Kernel(points, None, (5, 5), packed=True)(x, x.clone()), x + F.conv2d(x, points)),
+        (Kernel(wide, bias, (5, 5), 2, 1, up=True, packed=True)(x), F.conv_transpose2d(x, wide, bias, 2, 1)),
+        (LinearKernel(rows, None, packed=True)(x), F.linear(x, rows)),
+    ]
+    return all(torch.allclose(found, expected, rtol=1e-4, atol=1e-4) for found, expected in pairs)
 
 
 def packable(tensor: Tensor) -> bool:
-    return tensor.device.type == "cpu" and tensor.dtype == torch.float32 and packs()
+    return tensor.dtype == torch.float32 and packs()
 
 
 class Kernel:
@@ -52,11 +70,12 @@ class Kernel:
         *,
         relu: bool = False,
         up: bool = False,
+        packed: bool | None = None,  # None: where that is possible
     ):
         self.bias = None if bias is None else bias.detach().clone()
         self.relu, self.up = relu, up
         self.stride, self.padding = [stride] * 2, [padding] * 2
-        self.packed = packable(weight)
+        self.packed = packable(weight) if packed is None else packed
         shape = [1, weight.shape[0 if up else 1], *side]
         if not self.packed:
             self.weight = weight.detach().clone(memory_format=CHANNELS_LAST)
@@ -115,9 +134,9 @@ class Kernel:
 class LinearKernel:
     """As `Kernel`, of a linear layer: [..., I] -> [..., O]."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None):
+    def __init__(self, weight: Tensor, bias: Tensor | None, packed: bool | None = None):
         weight, self.bias = weight.detach(), None if bias is None else bias.detach().clone()
-        self.packed = packable(weight)
+        self.packed = packable(weight) if packed is None else packed
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, None) if self.packed else weight.clone()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LinearKernel:
@@ -144,9 +163,7 @@ def scale_shift_relu(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
 
 def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """softmax(query key^T) value: [N, Q, D], [N, K, D], [N, K, E] -> [N, Q, E]."""
-    if query.device.type != "cpu":
-        return F.scaled_dot_product_attention(query, key, value, scale=1.0)
-    # Unequal head sizes would take the slow path there, and equal ones four times the work for the scores.
+    # PyTorch's own takes its slow path for unequal head sizes, and for equal ones four times the work for the scores.
     out = query.new_empty((*query.shape[:2], value.shape[2]))
     rows = max(SCORE_BYTES // (key.shape[1] * key.element_size()), 1)
     for q, k, v, o in zip(query, key, value, out, strict=True):

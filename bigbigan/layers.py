@@ -268,7 +268,7 @@ def box_kernel(weight: Tensor) -> Tensor:
     With stride 2 it does a 3x3 convolution and the resampling beside it at once, with 4/9 of the multiplications.
     Training takes this form; the kernel is cheap there beside a batch, which it is not in inference.
     """
-    return sum((F.pad(weight, (a, 1 - a, b, 1 - b)) for a in (0, 1) for b in (0, 1)), start=torch.zeros(()).to(weight))
+    return sum((F.pad(weight, (a, 1 - a, b, 1 - b)) for a in (0, 1) for b in (0, 1)), start=weight.new_zeros(()))
 
 
 def upsample_nearest(x: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ from bigbigan.config import (
 )
 from bigbigan.discriminator import Discriminator, DiscriminatorOutput
 from bigbigan.encoder import Encoder, EncoderOutput
-from bigbigan.fuse import fuse
+from bigbigan.fuse import FusedPart, check_fusible, fuse
 from bigbigan.generator import Generator
 from bigbigan.images import ImageLike
 from bigbigan.mlp import MLPDiscriminator, MLPEncoder, MLPGenerator
@@ -74,25 +74,33 @@ class BigBiGAN(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self._tensor().device
+        return self._place[0]
 
     @property
     def dtype(self) -> torch.dtype:
-        return self._tensor().dtype
+        return self._place[1]
 
-    def _tensor(self) -> Tensor:
-        return next(itertools.chain(self.parameters(), self.buffers()))  # a fused part may have buffers only
+    @property
+    def _place(self) -> tuple[torch.device, torch.dtype]:
+        part = self.part(self.parts[0])
+        if isinstance(part, FusedPart):  # whose weights may all be packed
+            return part.fused_for
+        weight = next(part.parameters())
+        return weight.device, weight.dtype
 
     def fuse(self) -> BigBiGAN:
         """Puts every part into its fused form for inference, in place: equal up to rounding, and faster.
 
-        A fused model saves its plain weights. It does not train, gives no gradients and stays on its device.
+        A fused model saves its plain weights. It does not train, gives no gradients, stays on its device, and sees
+        nothing of later changes to its parameters. On other devices than the CPU the model stays as it is.
 
         Raises:
-            RuntimeError: the model is in training mode.
+            RuntimeError: the model is in training mode, or compiled; no part was fused then.
         """
         for part in self.parts:
-            fuse(getattr(self, part))
+            check_fusible(self.part(part))
+        for part in self.parts:
+            fuse(self.part(part))
         return self
 
     def preprocess(self, images: ImageLike | Sequence[ImageLike], **options: Any) -> Tensor:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import pickle
+import platform
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -24,6 +26,7 @@ from bigbigan.config import BigBiGANConfig, DiscriminatorConfig, EncoderConfig, 
 from bigbigan.evaluation.encoding import encode_files, find_images
 from bigbigan.fuse import fuse
 from bigbigan.fused import UpsampleConvolution
+from bigbigan.kernels import packs
 from bigbigan.layers import ConditionalNormReLU, Layers, NormReLU, UpsampleConv2d
 from bigbigan.onnx import export_program
 from bigbigan.presets import PRESETS, get_preset
@@ -190,13 +193,17 @@ def test_nine_products_by_hand() -> None:
     assert out[0, 0].tolist() == [row0, row1]
 
 
+@pytest.mark.parametrize("piece", [1, 3])
 @pytest.mark.parametrize("name", ["bigbigan-tiny", "bigbigan-low-res-g-64"])
-def test_pieces_of_a_batch_change_nothing(name: str, kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pieces_of_a_batch_change_nothing(name: str, piece: int, kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make(narrow(get_preset(name).config))
     before = {batch: outputs(model, batch) for batch in (1, 8)}
     monkeypatch.setattr(fuse_module, "PIECE_BYTES", 1)
     model.fuse()
-    assert model.generator.piece == 1  # type: ignore[union-attr]
+    for module in model.modules():
+        if isinstance(module, fuse_module.InPieces):
+            assert module.piece == 1
+            module.piece = piece
     for batch, expected in before.items():
         assert_equal(outputs(model, batch), expected)
 
@@ -269,14 +276,26 @@ def test_a_copy_lives_on_its_own() -> None:
     assert_equal(outputs(twin), before, 0)
 
 
+def hooked(model: BigBiGAN) -> BigBiGAN:
+    model.part("generator").conv.register_forward_hook(lambda *_: None)
+    return model
+
+
 REFUSALS: dict[str, tuple[Callable[[BigBiGAN], object], str]] = {
     "training": (lambda m: m.train(), "a fused generator does not train: take the plain form"),
     "weights": (lambda m: m.load_state_dict(m.state_dict()), "takes no weights: load them into the plain form"),
     "weights of a part": (lambda m: m.part("encoder").load_state_dict({}), "a fused encoder takes no weights"),
     "dtype": (lambda m: m.double(), "stays torch.float32 on cpu"),
-    "device": (lambda m: m.to("meta"), "fuses after the model is moved"),
+    "device": (lambda m: m.to("meta"), "stays torch.float32 on cpu: load it as it is to be"),
     "compiling": (lambda m: m.compile(), "a fused generator is not compiled or exported: take the plain form"),
     "exporting": (lambda m: export_program(m, "encoder"), "a fused encoder is not compiled or exported"),
+    "pickling": (lambda m: pickle.dumps(m.part("encoder")), "a fused encoder is not pickled: load it in each process"),
+    "another dtype": (lambda m: m.part("generator")(torch.zeros(1, 8).double()), "and its input torch.float64: conv"),
+    "hooks": (lambda m: hooked(m).generate(1), "overwrites what forward hooks inside it would see"),
+    "features' gradients": (
+        lambda m: m.part("encoder").forward_features(torch.zeros(1, 3, 32, 32, requires_grad=True)),
+        "a fused encoder gives no gradients",
+    ),
     "gradients": (
         lambda m: m.part("generator")(torch.zeros(1, m.config.z_dim, requires_grad=True)),
         "a fused generator gives no gradients",
@@ -289,13 +308,84 @@ def test_what_a_fused_model_refuses(call: Callable[[BigBiGAN], object], message:
     model = create_model("bigbigan-tiny").fuse()
     with pytest.raises(RuntimeError, match=message):
         call(model)
+    model.part("generator").conv._forward_hooks.clear()
     before = outputs(create_model("bigbigan-tiny"))
     assert_equal(outputs(model.to("cpu").float().eval()), before)  # what changes nothing is no error
 
 
 def test_outputs_carry_no_gradient() -> None:
     model = create_model("bigbigan-tiny").fuse()
-    assert not model.part("generator")(torch.zeros(1, model.config.z_dim)).requires_grad
+    z = torch.zeros(1, model.config.z_dim)
+    assert not model.part("generator")(z).requires_grad
+    with torch.no_grad():
+        assert torch.isfinite(model.part("generator")(z.requires_grad_())).all()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@torch.no_grad()
+def test_broken_inputs_give_what_the_plain_form_gives(kernels: str, value: float) -> None:
+    plain, fused = create_model("bigbigan-tiny"), create_model("bigbigan-tiny").fuse()
+    x, z = inputs(plain.part("encoder").config, 3, torch.float32)
+    x[1, 0, 3, 3] = z[1, 2] = value
+    for part, given in (("generator", (z,)), ("encoder", (x, z)), ("discriminator", (x, z))):
+        results = [getattr(model, part)(*given) for model in (plain, fused)]
+        named = [{"": r} if isinstance(r, Tensor) else dataclasses.asdict(r) for r in results]
+        for name, expected in named[0].items():
+            if expected is not None:
+                broken = [~rows.reshape(3, -1).isfinite().all(1) for rows in (expected, named[1][name])]
+                assert broken[0].tolist() == broken[1].tolist() == [False, True, False], (part, name)
+
+
+@torch.no_grad()
+def test_calls_as_of_the_plain_form() -> None:
+    plain, fused = create_model("bigbigan-tiny"), create_model("bigbigan-tiny").fuse()
+    x, z = inputs(plain.part("encoder").config, 2, torch.float32)
+    for model in (plain, fused):
+        assert model.part("generator")(z=z[:0]).shape == (0, 3, 32, 32)
+        assert model.part("encoder")(x[:0], noise=z[:0]).avepool_feat.shape[0] == 0
+        assert model.part("discriminator")(x=x[:0], z=z[:0]).score_xz.shape == (0,)
+    features = fused.part("encoder").forward_features(x)
+    assert features.is_contiguous()
+    assert_equal({"": features}, {"": plain.part("encoder").forward_features(x)})
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert fused.part("encoder")(x.bfloat16(), z.bfloat16()).z_mean.dtype == torch.float32
+    with torch.device("meta"):
+        loaded = load(fuse=True)
+    assert_equal(outputs(loaded), outputs(load()))
+
+
+def test_what_cannot_be_fused(tmp_path: Path) -> None:
+    model = create_model("bigbigan-tiny")
+    with pytest.raises(RuntimeError, match="a BigBiGAN is not fused by itself"):
+        fuse(model)
+    model.part("encoder").train()
+    with pytest.raises(RuntimeError, match=r"call eval\(\) first"):
+        model.fuse()
+    model.eval().generate(1)
+    model.part("encoder").compile()
+    with pytest.raises(RuntimeError, match="a compiled network is not fused"):
+        model.fuse()
+    assert not isinstance(model.generator, fuse_module.FusedPart)
+
+
+@pytest.mark.parametrize("answer", [False, TypeError("unexpected arguments")])
+def test_kernels_that_changed_are_not_used(
+    answer: object, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def agree() -> bool:
+        if isinstance(answer, Exception):
+            raise answer
+        return False
+
+    monkeypatch.setattr("bigbigan.kernels._packed_kernels_agree", agree)
+    packs.cache_clear()
+    try:
+        model = load()
+        before = outputs(model)
+        assert_equal(outputs(model.fuse()), before)
+    finally:
+        packs.cache_clear()
+    assert "weights are not packed, as torch" in caplog.text or platform.machine().lower() not in ("x86_64", "amd64")
 
 
 def test_the_training_form_is_not_fused() -> None:

@@ -28,6 +28,7 @@ from bigbigan.config import PreprocessConfig
 from bigbigan.evaluation.feature_files import feature_writer
 from bigbigan.evaluation.features import OUTPUTS, BatchEncoder, digest
 from bigbigan.files import atomic_write, sync
+from bigbigan.fuse import FusedPart
 from bigbigan.images import BadImageError, list_images, preprocess
 from bigbigan.model import BigBiGAN, indexed_noise
 from bigbigan.schema import to_dict
@@ -135,6 +136,7 @@ def encode_files(
         "processes": world_size,
         "preprocessing": to_dict(model.config.preprocess) | json.loads(json.dumps(options)),
         "device": model.device.type,
+        "fused": isinstance(encode.network, FusedPart),
     }
     if rank == 0:
         _open_work_folder(work, manifest)
