@@ -250,6 +250,7 @@ def test_errors_and_ratios_computed_by_hand(classifier: Classifier) -> None:
 
     result = reconstruction_report(images, torch.tensor([0, 1]), lambda x: x / 2, features, classifier)
     assert (result.pixel_l1, result.pixel_mse, result.pixel_error_ratio) == (0.5, 0.25, 0.25)
+    assert result.pixel_l2_ratio == pytest.approx(0.5 / 1.5)
     assert result.feature_distance_ratio == pytest.approx(math.hypot(0.5, 0.75) / 2, rel=1e-6)
 
 
@@ -261,6 +262,7 @@ def test_random_pairs_are_distinct(classifier: Classifier, batch_size: int) -> N
     labels = torch.zeros(5, dtype=torch.long)
     result = reconstruction_report(images, labels, torch.zeros_like, lambda x: x, classifier, batch_size=batch_size)
     assert result.pixel_error_ratio == pytest.approx(1 / 0.25)
+    assert result.pixel_l2_ratio == pytest.approx(1)  # black is as far from each
     assert result.feature_distance_ratio == pytest.approx(16 / math.sqrt(2 * 16 * 4))
 
 

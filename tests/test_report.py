@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from PIL import Image
 from bigbigan import create_model
 from bigbigan.cli import main
 from bigbigan.evaluation.features import digest
+from bigbigan.evaluation.plots import draw_group
 from bigbigan.evaluation.report import group_records, make_record, read_record, record_text
 
 matplotlib = pytest.importorskip("matplotlib")
@@ -148,6 +150,25 @@ def make_run(folder: Path, *lines: dict[str, Any], end: str = "") -> Path:
     folder.mkdir(parents=True)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + end)
     return folder
+
+
+def test_snapshots_of_a_run_are_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    drawn: dict[str, Any] = {}
+    monkeypatch.setattr("bigbigan.evaluation.plots._draw_lines", lambda path, *what: drawn.update({"what": what}))
+    records = {}
+    for seen, accuracy in ((200, 0.75), (100, 0.5)):
+        model = create_model("bigbigan-tiny", parts=("encoder",))
+        model.info = replace(model.info, provenance={"num_images": seen})
+        rows = [
+            {"representation": model.info.name, "accuracy": accuracy},
+            {"representation": "raw pixels", "accuracy": 0.25},
+        ]
+        records[f"{seen}.json"] = make_record(model, {"name": "knn"}, results=rows, data={"test": {"digest": "x"}})
+    (group,) = group_records(records)
+    assert draw_group(group, tmp_path / "curve.png")
+    title, swept, series = drawn["what"]
+    assert (title, swept) == ("Top-1 %", "images seen")
+    assert series == {"bigbigan-tiny": [(200, 75.0), (100, 50.0)], "raw pixels": [(None, 25.0), (None, 25.0)]}
 
 
 def test_runs_are_drawn_over_images_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,22 +24,24 @@ PANELS = (
 def draw_group(group: Group, path: Path) -> bool:
     """The main figure of each row: lines where something is swept, else bars. Returns whether there was anything."""
     figure = group.main_figure()
+    if figure is None:
+        return False
+    swept = next((key for key in SWEPT if len({row[key] for _, row in group.rows if row.get(key) is not None}) > 1), "")
     rows = [
         (label, row)
-        for label, (_, row) in zip(_short_labels(group.labels()), group.rows, strict=True)
-        if figure is not None and row.get(figure) is not None
+        for label, (_, row) in zip(_short_labels(group.labels(swept)), group.rows, strict=True)
+        if row.get(figure) is not None
     ]
-    if not rows or figure is None:
+    if not rows:
         return False
     scale = 100 if figure in PERCENT else 1
     title = PERCENT.get(figure, figure if " " in figure else figure.replace("_", " "))
-    for swept in SWEPT:
-        if len({row[swept] for _, row in rows if row.get(swept) is not None}) > 1:
-            series: dict[str, list[tuple[float | None, float]]] = {}
-            for label, row in rows:
-                series.setdefault(label, []).append((row.get(swept), scale * row[figure]))
-            _draw_lines(path, title, swept.replace("_", " "), series)
-            return True
+    if swept:
+        series: dict[str, list[tuple[float | None, float]]] = {}
+        for label, row in rows:
+            series.setdefault(label, []).append((row.get(swept), scale * row[figure]))
+        _draw_lines(path, title, swept.replace("_", " "), series)
+        return True
     _draw_bars(path, title, [label for label, _ in rows], [scale * row[figure] for _, row in rows])
     return True
 
@@ -90,10 +92,13 @@ def _draw_lines(path: Path, title: str, swept: str, series: Mapping[str, Sequenc
         else:
             axes.axhline(points[0][1], linestyle="--", **style)
     ticks = sorted({x for points in series.values() for x, _ in points if x is not None})
-    if ticks[0] > 0 and ticks[-1] / ticks[0] >= 8:
-        axes.set_xscale("log")
-    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-    axes.minorticks_off()
+    if swept == "images seen":
+        axes.xaxis.set_major_formatter("{x:,.0f}")
+    else:
+        if ticks[0] > 0 and ticks[-1] / ticks[0] >= 8:
+            axes.set_xscale("log")
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.minorticks_off()
     axes.set(xlabel=swept, ylabel=title)
     axes.grid(alpha=0.3)
     figure.legend(loc="outside lower center", fontsize="small")

@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 
+TOTALS = ("accuracy", "agreement", "l1", "mse", "pair_l1", "l2", "pair_l2", "distance", "pair_distance")
+
+
 class Classifier(nn.Sequential):
     """Small convolutional network, [N, C, S, S] in [-1, 1] (S at least 16) to logits [N, num_classes].
 
@@ -47,6 +50,7 @@ class ReconstructionResult:
     pixel_l1: float
     pixel_mse: float
     pixel_error_ratio: float  # pixel_l1 over that of random pairs
+    pixel_l2_ratio: float  # mean Euclidean distance to the reconstruction, over that to another image's (BiGAN's EGr)
     feature_distance_ratio: float | None  # mean Euclidean distance over that of random pairs; None without features
     num_images: int
 
@@ -160,7 +164,7 @@ def reconstruction_report(
         raise ValueError(f"{len(reconstruct)} reconstructions of {len(images)} images; give one of each, in order")
     classifier.eval()
     device = next(classifier.parameters()).device
-    totals = dict.fromkeys(("accuracy", "agreement", "l1", "mse", "pair_l1", "distance", "pair_distance"), 0.0)
+    totals = dict.fromkeys(TOTALS, 0.0)
     kept = torch.zeros(classifier.num_classes, dtype=torch.long)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
     for index in tqdm(order.split(batch_size), desc="reconstruction", disable=None if progress else True):
@@ -174,10 +178,12 @@ def reconstruction_report(
         totals["l1"] += _sum_of_means((again - x).abs())
         totals["mse"] += _sum_of_means((again - x).square())
         totals["pair_l1"] += _sum_of_means((x.roll(1, 0) - x).abs())
+        totals["l2"] += _sum_of_norms(again - x)
+        totals["pair_l2"] += _sum_of_norms(again - x.roll(1, 0)) if len(x) > 1 else 0.0
         if features is not None:
-            before, after = (features(batch).flatten(1).double() for batch in (x, again))
-            totals["distance"] += (after - before).norm(dim=1).sum().item()
-            totals["pair_distance"] += (before.roll(1, 0) - before).norm(dim=1).sum().item()
+            before, after = (features(batch) for batch in (x, again))
+            totals["distance"] += _sum_of_norms(after - before)
+            totals["pair_distance"] += _sum_of_norms(before.roll(1, 0) - before)
     n = len(images)
     pairs = n - (n % batch_size == 1)  # alone in the last batch, an image meets only itself
     counts = torch.bincount(labels.long().cpu(), minlength=len(kept))
@@ -189,6 +195,7 @@ def reconstruction_report(
         pixel_l1=totals["l1"] / n,
         pixel_mse=totals["mse"] / n,
         pixel_error_ratio=_ratio(totals["l1"] / n, totals["pair_l1"] / pairs),
+        pixel_l2_ratio=_ratio(totals["l2"] / n, totals["pair_l2"] / pairs),
         feature_distance_ratio=(
             None if features is None else _ratio(totals["distance"] / n, totals["pair_distance"] / pairs)
         ),
@@ -236,6 +243,10 @@ def _check(images: Tensor, labels: Tensor, num_classes: int) -> None:
 
 def _sum_of_means(per_pixel: Tensor) -> float:
     return per_pixel.flatten(1).mean(1, dtype=torch.float64).sum().item()
+
+
+def _sum_of_norms(rows: Tensor) -> float:
+    return rows.flatten(1).double().norm(dim=1).sum().item()
 
 
 def _ratio(value: float, reference: float) -> float:

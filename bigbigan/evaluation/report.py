@@ -25,7 +25,7 @@ PERCENT = {
     "precision": "Precision %",
 }
 STD = ", std"  # ends the name of a figure's deviation
-SWEPT = ("k", "labels_per_class", "labels", "fraction")  # what a protocol varies from row to row, along an axis
+SWEPT = ("k", "labels_per_class", "labels", "fraction", "images_seen")  # what varies from row to row, along an axis
 PACKAGES = ("numpy", "sklearn", "torchmetrics")  # versions of those in use, beside torch's and Python's
 
 
@@ -51,15 +51,19 @@ def make_record(
 
     versions = {"bigbigan": __version__, "torch": str(torch.__version__), "python": platform.python_version()}
     versions |= {name: sys.modules[name].__version__ for name in PACKAGES if name in sys.modules}
-    facts = None
+    facts, rows = None, [dict(row) for row in results]
     if model is not None:
+        seen = (model.info.provenance or {}).get("num_images")
+        for row in rows:
+            if seen is not None and row.get("representation", model.info.name) == model.info.name:
+                row["images_seen"] = seen
         digests = {f"{part}_digest": digest(getattr(model, part)) for part in model.parts}
         facts = {"name": model.info.name, "source": model.info.source, **digests}
     return {
         "protocol": dict(protocol),
         "model": facts,
         "data": {name: dict(part) for name, part in data.items()},
-        "results": [dict(row) for row in results],
+        "results": rows,
         "versions": versions,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
@@ -142,11 +146,11 @@ class Group:
         texts = [key for key, found in values.items() if found and all(isinstance(value, str) for value in found)]
         return [key for key in texts if not key.endswith("_digest")], numbers
 
-    def labels(self) -> list[list[str]]:
-        """Of each row the texts, and where they do not tell records apart, the record's name and seed."""
+    def labels(self, swept: str = "") -> list[list[str]]:
+        """Of each row the texts, and the record's name if there are several that are no snapshots of one run."""
         texts, _ = self.columns()
         labels = [[str(row.get(key) or "-") for key in texts] for _, row in self.rows]
-        if len(self.records) > 1:
+        if len(self.records) > 1 and swept != "images_seen":
             labels = [[*label, name] for label, (name, _) in zip(labels, self.rows, strict=True)]
         return labels
 
