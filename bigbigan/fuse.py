@@ -186,7 +186,10 @@ class InPieces:
 
     def forward(self, *inputs: Tensor, **named: Tensor) -> Tensor:
         run, (x,) = super().forward, (*inputs, *named.values())  # type: ignore[misc]
-        pieces = x.tensor_split(max(-(-len(x) // self.piece), 1))
+        number = max(-(-len(x) // self.piece), 1)
+        # Of one size if they need not be much smaller for that: some weights follow the size in which they are read.
+        even = next(n for n in range(number, 2 * number + 1) if n == 2 * number or len(x) % n == 0)
+        pieces = x.tensor_split(number if len(x) % even else even)
         out = run(x) if len(pieces) == 1 else torch.cat([run(piece) for piece in pieces])
         # oneDNN's ReLU makes zeros of NaN: what a plain network shows of a broken input is put back.
         broken = ~x.sum(dim=list(range(1, x.ndim)), dtype=torch.promote_types(x.dtype, torch.float32)).isfinite()

@@ -35,6 +35,7 @@ from bigbigan.schema import to_dict
 
 PIECE_ROWS = 256  # what a kill may cost
 PIECE_NAME = "{:06d}.safetensors"
+LARGE = 128  # side of images from which encoding one takes many times as long as reading it
 _CHUNK = 8  # images that a worker hands over at a time
 _DISTRIBUTION = ("z_mean", "z_stdev")
 
@@ -110,7 +111,8 @@ def encode_files(
     behind them. Memory does not grow with the number of images, but for their names.
 
     Args:
-        workers: processes that read and scale images ahead (0: this one); None: by this process's share of the cores.
+        workers: processes that read and scale images ahead (0: this one); None: by this process's share of the cores,
+            and two fewer where a large encoder runs on these itself.
         rank, world_size: this process of those that share the work. With several, `torch.distributed` must be
             initialised and all must see one folder; rank 0 writes the output, and all return the same.
         options: of `bigbigan.images.preprocess`: crop, invert, background, max_pixels.
@@ -153,7 +155,7 @@ def encode_files(
     resumed = sum(_gather(sum(piece.rows for piece in pieces), world_size))
     read = partial(_read, model.config.preprocess, model.config.image_channels, options)
     todo = list(files.values())[start : bounds[rank + 1]]
-    images: Iterable[Read] = _read_ahead(read, todo, _workers(workers, world_size, len(todo)), 2 * batch_size)
+    images: Iterable[Read] = _read_ahead(read, todo, _workers(workers, world_size, len(todo), model), 2 * batch_size)
     shown = progress and rank == 0
     images = tqdm(images, total=bounds[rank + 1] - bounds[rank], initial=start - bounds[rank], unit="img",
                   disable=None if shown else True)  # fmt: skip
@@ -216,9 +218,11 @@ def _read(config: PreprocessConfig, channels: int, options: dict[str, Any], path
         return error.reason
 
 
-def _workers(workers: int | None, world_size: int, files: int) -> int:
+def _workers(workers: int | None, world_size: int, files: int, model: BigBiGAN) -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     wanted = max(1, min(cores // world_size, 16)) if workers is None else workers
+    if workers is None and model.device.type == "cpu" and model.config.preprocess.resolution >= LARGE:
+        wanted = max(0, wanted - 2)  # its encoder takes all cores: what is taken from one of them, all wait for
     return min(wanted, files // (2 * _CHUNK))  # starting one takes as long as reading a few images
 
 

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-
 TOTALS = ("accuracy", "agreement", "l1", "mse", "pair_l1", "l2", "pair_l2", "distance", "pair_distance")
 
 
