@@ -137,7 +137,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             start, end = entry["data_offsets"]
             data = torch.empty(end - start, dtype=torch.uint8, device="cpu")
             file.seek(8 + length + start)
-            file.readinto(data.numpy().data)
+            if file.readinto(data.numpy().data) != end - start:
+                raise WeightsError(f"{path} ended within {name}: it became shorter while it was read; load it again")
             tensors[name] = data.view(DTYPES[entry["dtype"]]).view(entry["shape"])
     return tensors
 

@@ -26,7 +26,8 @@ def draw_group(group: Group, path: Path) -> bool:
     figure = group.main_figure()
     if figure is None:
         return False
-    swept = next((key for key in SWEPT if len({row[key] for _, row in group.rows if row.get(key) is not None}) > 1), "")
+    shown = [row for _, row in group.rows if row.get(figure) is not None]
+    swept = next((key for key in SWEPT if len({row[key] for row in shown if row.get(key) is not None}) > 1), "")
     rows = [
         (label, row)
         for label, (_, row) in zip(_short_labels(group.labels(swept)), group.rows, strict=True)
