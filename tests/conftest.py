@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -28,3 +29,12 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no data sets at {folder}; set BIGBIGAN_TEST_DATA to a folder with fashion_mnist/test.parquet …")
     return folder
+
+
+@pytest.fixture(params=["packed", "plain"])
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """oneDNN's kernels on packed weights where there are any, for narrow layers too, and PyTorch's own."""
+    monkeypatch.setattr("bigbigan.fuse.PACKED_LINEAR", 1)
+    if request.param == "plain":
+        monkeypatch.setattr("bigbigan.kernels.packs", lambda: False)
+    yield request.param
