@@ -18,6 +18,7 @@ from bigbigan.config import PreprocessConfig
 from bigbigan.images import to_uint8
 from bigbigan.presets import PRESETS
 from bigbigan.schema import to_dict
+from bigbigan.training import runfolder
 
 RECIPE = "bigbigan-fashion-mnist-32"
 TINY = PRESETS["bigbigan-tiny"].config
@@ -113,12 +114,18 @@ def test_a_loss_that_is_not_finite_ends_with_1(tmp_path: Path, data: Path, capsy
     assert capsys.readouterr().err.splitlines()[-1].startswith("bigbigan train: the ")
 
 
-def test_sigterm_writes_a_checkpoint_and_exits_143(tmp_path: Path, data: Path) -> None:
+def test_a_run_has_one_process_and_sigterm_ends_it_with_a_checkpoint_and_143(
+    tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     changes = settings(total_images=10**6, log_images=8, checkpoint_images=10**6, snapshot_images=10**6)
-    process = run("train", RECIPE, "--data", data, "--run", tmp_path / "run", *changes, "--threads", "1")
+    command = ["train", RECIPE, "--data", str(data), "--run", str(tmp_path / "run"), *changes]
+    process = run(*command, "--threads", "1")
     log = tmp_path / "run" / "metrics.jsonl"
     while not (log.exists() and log.stat().st_size) and process.poll() is None:
         time.sleep(0.01)
+    monkeypatch.setattr(runfolder, "LOCK_SECONDS", 0.1)
+    assert main(command) == 2
+    assert f"another process trains in {tmp_path / 'run'}" in capsys.readouterr().err
     process.terminate()
     _, err = process.communicate(timeout=60)
     assert process.returncode == 143, err

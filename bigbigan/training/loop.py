@@ -34,7 +34,15 @@ from bigbigan.training.export import inference_model
 from bigbigan.training.finetuning import load_model
 from bigbigan.training.latents import draw_latents
 from bigbigan.training.monitor import Monitor
-from bigbigan.training.runfolder import check_same_run, describe, keep_snapshot, prepare, snapshot_name, write_config
+from bigbigan.training.runfolder import (
+    check_same_run,
+    describe,
+    hold,
+    keep_snapshot,
+    prepare,
+    snapshot_name,
+    write_config,
+)
 from bigbigan.training.sources import ImageDataset
 from bigbigan.training.step import Batch, TrainingState, train_step
 from bigbigan.training.streaming import ImageStream
@@ -81,7 +89,8 @@ def train(
         tensorboard: also write `tensorboard/` in the run folder.
 
     Raises:
-        ConfigError: the folder holds a run with another configuration or other data, or `init` has other networks.
+        ConfigError: the folder holds a run with another configuration or other data, `init` has other networks, or
+            another process trains there.
         ValueError: an argument is out of range; the batch does not split over the processes; too many images are
             unreadable.
         FloatingPointError: a loss or a weight is not finite; the last checkpoint stands.
@@ -93,6 +102,8 @@ def train(
     _check_options(keep, workers, max_minutes, timeout_minutes)
     deadline = time.monotonic() + 60 * max_minutes
     with join_processes(device, timeout_minutes) as processes, contextlib.ExitStack() as stack:
+        check_split(config, processes)
+        processes.on_main(lambda: stack.enter_context(hold(Path(run))))
         state = _Run(config, data, Path(run), processes, keep, keep_snapshots, workers, init)
         stack.callback(state.batches.close)
         if tensorboard and processes.is_main:
@@ -140,7 +151,6 @@ class _Run:
         workers: int | None,
         init: BigBiGAN | None,
     ):
-        check_split(config, processes)
         self.config, self.folder, self.processes, self.keep = config, folder, processes, keep
         self.keep_snapshots = keep_snapshots
         self.description = describe(config, data, init)

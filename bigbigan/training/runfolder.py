@@ -1,5 +1,5 @@
 """A run folder: `config.json`, `metrics.jsonl`, `checkpoints/` (everything needed to go on), `samples/` (pictures) and
-`snapshots/` (model folders as `load` reads them: the newest and the best).
+`snapshots/` (model folders as `load` reads them: the newest and the best). One process at a time holds `.lock`.
 """
 
 from __future__ import annotations
@@ -8,8 +8,11 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from bigbigan.evaluation.features import digest
 from bigbigan.files import atomic_write, sync
@@ -19,6 +22,27 @@ from bigbigan.training.checkpoint import remove_leftovers
 from bigbigan.training.config import TrainConfig
 from bigbigan.training.sources import ImageDataset
 from bigbigan.training.streaming import ImageStream
+
+LOCK_SECONDS = 15.0  # workers outlive a killed process by about five, and its lock with them
+
+
+@contextmanager
+def hold(run: Path) -> Iterator[None]:
+    """Keeps other processes from training in the folder `run`; however this one ends, the system lets go of it.
+
+    Raises:
+        ConfigError: another process trains there.
+    """
+    run.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(run / ".lock")
+    try:
+        lock.acquire(timeout=LOCK_SECONDS)
+    except Timeout as error:
+        raise ConfigError(f"another process trains in {run}; stop it, or choose another folder") from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def describe(config: TrainConfig, data: ImageDataset | ImageStream, init: BigBiGAN | None = None) -> dict[str, Any]:

@@ -88,7 +88,7 @@ def result(run: Path) -> dict[str, str]:
 
 
 def strays(run: Path) -> list[str]:
-    return sorted(str(path.relative_to(run)) for path in run.rglob(".*"))
+    return sorted(str(path.relative_to(run)) for path in run.rglob(".*") if path != run / ".lock")
 
 
 def plant(faults: dict[str, Any]) -> None:
