@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -335,3 +336,20 @@ def test_settings_can_be_corrected_until_there_is_a_checkpoint(photos: Path, tmp
     assert not (run / "config.json").exists()
     loop.train(right, open_dataset(photos), run)
     assert (run / "config.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+@pytest.mark.parametrize("reversible", [False, True])
+def test_compiled_networks_take_the_same_steps(photos: Path, tmp_path: Path, reversible: bool) -> None:
+    config, losses = dataclasses.replace(TINY, total_images=12, log_images=4, probe_images=0), []
+    if reversible:
+        encoder = dataclasses.replace(TINY.model.encoder, architecture="revnet", block="bottleneck")
+        config = dataclasses.replace(config, model=dataclasses.replace(TINY.model, encoder=encoder), reversible=True)
+    for compiled in (False, True):
+        run = loop.train(dataclasses.replace(config, compile=compiled), open_dataset(photos), tmp_path / str(compiled))
+        records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        losses.append([[value for name, value in r.items() if "loss" in name or "score" in name] for r in records])
+    assert len(losses[0]) >= 3
+    assert [len(row) for row in losses[0]] == [len(row) for row in losses[1]]
+    torch.testing.assert_close(sum(losses[1], []), sum(losses[0], []), atol=1e-3, rtol=1e-4)
