@@ -68,7 +68,7 @@ class GeneratorConfig:
     z_chunks: tuple[int, ...] = (20, 20, 20, 20, 20, 20)  # first to the seed, then one a block
     prior: Literal["normal", "uniform"] = "normal"  # N(0, 1), or U(-1, 1)
     shared_dim: int = 128  # training only: the learned vector in place of a class embedding; 0 trains plain biases
-    attention_resolution: int = 64  # 0: none
+    attention_resolution: int = 64  # the side of the block it follows; 0, or a side that no block has: none
     bn_eps: float = 1e-4  # as in DeepMind's released BigGAN
     upsample_mode: Literal["nearest", "bilinear", "bilinear-aligned", "bilinear-asymmetric"] = "bilinear"
     upsample_size: int = 256  # side of `upsampled`
@@ -149,7 +149,7 @@ class DiscriminatorConfig:
     image_channels: int = 3
     base_channels: int = 96
     z_dim: int = 120
-    attention_resolution: int = 64  # 0: none
+    attention_resolution: int = 64  # the side of the block it follows; 0, or a side that no block has: none
     z_mlp: MLPConfig = MLPConfig()
     joint_mlp: MLPConfig = MLPConfig()
     combine: Literal["concat", "sum", "product"] = "concat"  # how J joins F(x) and H(z)
