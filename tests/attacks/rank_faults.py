@@ -4,7 +4,7 @@
 
 Processes under torchrun, over gloo, each with a worker that decodes images. One of them is killed, raises, hangs or
 gets NaN in a step, in a save or in its data, after the first checkpoint. Nothing may be left of the process tree
-after the timeout, 30 seconds of torchrun's and a few to start; the last 20 lines have to say why; the same command has
+after the timeout, 30 seconds of torchrun's and the time of a whole run without faults; the last 20 lines have to say why; the same command has
 to come to the weights of a run without faults. Last, SIGTERM to torchrun: a checkpoint of the step that all processes
 had reached, and nothing left, within 30 seconds.
 """
@@ -71,8 +71,8 @@ def finish(process: subprocess.Popen[bytes], tag: str, seconds: float) -> float:
     return time.monotonic() - begin
 
 
-def attack(work: Path, ranks: int, rank: int, kind: str, where: str, *, again: bool = True) -> float:
-    """One fault; returns how many seconds the run took to end."""
+def attack(work: Path, ranks: int, rank: int, kind: str, where: str, *, slack: float, again: bool = True) -> float:
+    """One fault; returns how many seconds the run took to end: at most `slack` beyond the timeouts."""
     tag = f"attack-{os.getpid()}-{rank}-{kind}-{where}"
     run, log, data = work / tag, work / f"{tag}.log", work / "data"
     faults = {"rank": rank, "kind": kind, "where": where, "step": 3}
@@ -80,7 +80,7 @@ def attack(work: Path, ranks: int, rank: int, kind: str, where: str, *, again: b
     step_2 = run / "checkpoints" / "step-00000002"
     while not step_2.exists() and process.poll() is None:
         time.sleep(0.05)
-    seconds = finish(process, tag, TIMEOUT + 30 + 5)
+    seconds = finish(process, tag, TIMEOUT + 30 + slack)
     text = log.read_text()
     last = "\n".join(text.splitlines()[-20:])
     assert process.returncode != 0, tag
@@ -114,12 +114,13 @@ def stop(work: Path, ranks: int) -> dict[str, Any]:
     return {"sigterm_seconds": round(seconds, 1), "stopped_at_step": kept.step}
 
 
-def whole(work: Path, ranks: int) -> None:
-    """The run that nothing happens to."""
+def whole(work: Path, ranks: int) -> float:
+    """The run that nothing happens to; returns its seconds, which tell how busy the machine is."""
     tag, run = f"attack-{os.getpid()}-whole", work / f"whole-{ranks}"
     process = start(ranks, {}, arguments(work / "data", run, **SETTINGS), work / "log", tag)
-    finish(process, tag, 120)
+    seconds = finish(process, tag, 120)
     assert process.returncode == 0, (work / "log").read_text()[-3000:]
+    return seconds
 
 
 def main() -> int:
@@ -134,11 +135,12 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         make_data(work / "data")
-        if not options.ends_only:
-            whole(work, options.ranks)
+        slack = 5.0 if options.ends_only else max(5.0, whole(work, options.ranks))
         faulty = options.faulty or (0, options.ranks - 1)
         for kind, where, rank in itertools.product(options.kinds, options.places, faulty):
-            seconds[kind, where, rank] = attack(work, options.ranks, rank, kind, where, again=not options.ends_only)
+            seconds[kind, where, rank] = attack(
+                work, options.ranks, rank, kind, where, slack=slack, again=not options.ends_only
+            )
             print(kind, where, f"rank {rank}:", f"{seconds[kind, where, rank]:.1f} s", flush=True)
         stopped = {} if options.ends_only else stop(work, options.ranks)
     counts = {"ranks": options.ranks, "faults": len(seconds), "slowest_end_seconds": round(max(seconds.values()), 1)}
