@@ -4,9 +4,9 @@
 
 Processes under torchrun, over gloo, each with a worker that decodes images. One of them is killed, raises, hangs or
 gets NaN in a step, in a save or in its data, after the first checkpoint. Nothing may be left of the process tree
-after the timeout, 30 seconds of torchrun's and the time of a whole run without faults; the last 20 lines have to say why; the same command has
-to come to the weights of a run without faults. Last, SIGTERM to torchrun: a checkpoint of the step that all processes
-had reached, and nothing left, within 30 seconds.
+after the timeout, 30 seconds of torchrun's and the time of a whole run without faults; the last 20 lines have to say
+why; the same command has to come to the weights of a run without faults. Last, SIGTERM to torchrun: a checkpoint of
+the step that all processes had reached, and nothing left, within 30 seconds.
 """
 
 from __future__ import annotations
