@@ -147,8 +147,15 @@ def test_d_takes_one_step_where_all_are_simultaneous() -> None:
 # --- BiGAN's step ----------------------------------------------------------------------------------------------------
 
 
+def opinionated(config: TrainConfig) -> TrainingState:
+    """A fresh state whose D scores by something: at its initial zeros no other weight has a gradient."""
+    state = TrainingState(config)
+    torch.nn.init.normal_(state.discriminator.score_xz.weight, generator=torch.Generator().manual_seed(0))
+    return state
+
+
 def test_simultaneous_step_takes_all_gradients_at_the_same_weights() -> None:
-    state, fresh = TrainingState(BIGAN), TrainingState(BIGAN)
+    state, fresh = opinionated(BIGAN), opinionated(BIGAN)
     train_step(state, lambda i: batch(BIGAN), N)
     pairs = make_pairs(fresh, batch(BIGAN))
     loss_d = discriminator_loss(*score(fresh.discriminator, pairs.detach(), separate=True), "logistic")
@@ -157,13 +164,13 @@ def test_simultaneous_step_takes_all_gradients_at_the_same_weights() -> None:
     wanted_ge = torch.autograd.grad(loss_ge, [p for m in (fresh.generator, fresh.encoder) for p in m.parameters()])
     torch.testing.assert_close(gradients(state.discriminator), list(wanted_d))
     torch.testing.assert_close(gradients(state.generator) + gradients(state.encoder), list(wanted_ge))
-    alternating = TrainingState(dataclasses.replace(BIGAN, simultaneous=False))
+    alternating = opinionated(dataclasses.replace(BIGAN, simultaneous=False))
     train_step(alternating, lambda i: batch(BIGAN), N)
     assert not torch.allclose(gradients(alternating.generator)[0], wanted_ge[0], rtol=1e-3)
 
 
 def test_batch_norm_of_d_sees_each_kind_of_pairs_alone() -> None:
-    state = TrainingState(BIGAN)
+    state = opinionated(BIGAN)
     pairs = make_pairs(state, batch(BIGAN))
     real, fake = score(state.discriminator, pairs, separate=True)
     alone = state.discriminator(pairs.real_x, pairs.real_z)
@@ -174,8 +181,12 @@ def test_batch_norm_of_d_sees_each_kind_of_pairs_alone() -> None:
 
 def test_bigan_weights_and_decay_are_those_of_its_authors() -> None:
     state = TrainingState(RECIPES["bigan-mnist-mlp"])
-    stdev = torch.cat([p.detach().flatten() for p in state.generator.parameters()]).std().item()
-    assert stdev == pytest.approx(0.02, rel=0.01)
+    weights = [
+        p.detach().flatten() for n in state.networks.values() for k, p in n.named_parameters() if "score" not in k
+    ]
+    assert torch.cat(weights).std().item() == pytest.approx(0.02, rel=0.01)
+    first = train_step(TrainingState(BIGAN), lambda i: batch(BIGAN), N)  # their log begins with 0.6932 for each loss
+    assert first["loss_d"].item() == first["loss_ge"].item() == pytest.approx(math.log(2))
     assert all(group["weight_decay"] == 2.5e-5 for group in state.optimizer_ge.param_groups)
     epoch = 50_000
     factors = [RECIPES["bigan-mnist-mlp"].lr_factor(e * epoch) for e in (0, 200, 300, 400)]

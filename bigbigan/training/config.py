@@ -39,7 +39,7 @@ class TrainConfig:
     adam_beta1: float = 0.0
     adam_beta2: float = 0.999
     adam_eps: float = 1e-8
-    initializer: Literal["orthogonal", "normal"] = "orthogonal"  # BigGAN's, or N(0, 0.02)
+    initializer: Literal["orthogonal", "normal"] = "orthogonal"  # BigGAN's; N(0, 0.02), D's scores 0
     ema_halflife_images: float = 50_000.0  # of the averages of G and E that are exported; 0: none
     augmentation: AugmentationConfig = dataclasses.field(default_factory=AugmentationConfig)
     # How it is computed.

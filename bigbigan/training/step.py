@@ -19,7 +19,7 @@ from bigbigan.training.config import TrainConfig
 from bigbigan.training.ema import EMA
 from bigbigan.training.losses import discriminator_loss, generator_encoder_loss, rotation_loss, turn
 
-INITIAL_STDEV = 0.02  # of weights under the "normal" initializer (BiGAN)
+INITIAL_STDEV = 0.02  # of weights under the "normal" initializer (BiGAN), but those of D's scores
 Metrics = dict[str, list[Tensor]]  # values by name, one a D step and micro-batch
 
 
@@ -122,9 +122,11 @@ class TrainingState:
 def _initialize(network: nn.Module, config: TrainConfig, draws: torch.Generator) -> None:
     initialize(network, draws)
     if config.initializer == "normal":
-        for layer in network.modules():
+        for name, layer in network.named_modules():
             if isinstance(layer, nn.Conv2d | nn.Linear):
-                nn.init.normal_(layer.weight, std=INITIAL_STDEV, generator=draws)
+                # D starts without an opinion (jeffdonahue/bigan, gan.py: `stddev=0`).
+                stdev = 0.0 if name.startswith("score_") else INITIAL_STDEV
+                nn.init.normal_(layer.weight, std=stdev, generator=draws)
 
 
 def pool_to(x: Tensor, resolution: int) -> Tensor:
