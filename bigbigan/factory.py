@@ -12,7 +12,7 @@ from torch import Tensor
 from bigbigan import hub
 from bigbigan.config import BigBiGANConfig, ModelInfo
 from bigbigan.images import ImageLike
-from bigbigan.layers import initialize
+from bigbigan.layers import Initializer, initialize
 from bigbigan.model import BigBiGAN
 from bigbigan.presets import PRESETS, get_preset, normalize
 
@@ -22,12 +22,14 @@ def create_model(
     *,
     parts: Sequence[str] | None = None,
     seed: int = 0,
+    initializer: Initializer = "orthogonal",
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
 ) -> BigBiGAN:
     """A preset's architecture (or a configuration's) with random weights, in evaluation mode.
 
-    Weights are BigGAN's initialisation (orthogonal) drawn from `seed`; batch-norm statistics are mean 0, variance 1.
+    Weights are BigGAN's initialisation (orthogonal), or with "normal" that of BiGAN's authors (N(0, 0.02), scores 0),
+    drawn from `seed`; batch-norm statistics are mean 0, variance 1.
 
     Raises:
         ValueError: unknown name, or a part that the architecture lacks.
@@ -40,7 +42,7 @@ def create_model(
         model = BigBiGAN(config, parts, info)
     model.to_empty(device="cpu")
     for part in model.parts:  # each part from the seed alone, so that it does not depend on which others are made
-        initialize(getattr(model, part), torch.Generator().manual_seed(seed))
+        initialize(getattr(model, part), torch.Generator().manual_seed(seed), initializer)
     return model.to(device, dtype).eval()
 
 

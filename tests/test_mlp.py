@@ -143,6 +143,13 @@ def test_gradients_reach_every_weight() -> None:
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for n in networks for p in n.parameters())
 
 
+def test_initial_weights_of_its_authors() -> None:
+    model = create_model("bigan-mnist-mlp", seed=1, initializer="normal")
+    score = model.discriminator.score_xz.weight
+    weights = torch.cat([p.flatten() for n in model.parts for p in getattr(model, n).parameters() if p is not score])
+    assert score.abs().max() == 0 and weights.std().item() == pytest.approx(0.02, rel=1e-2)
+
+
 # ---- as a model ----
 
 

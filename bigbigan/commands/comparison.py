@@ -278,11 +278,15 @@ def _files(rest: str, arguments: argparse.Namespace, splits: Splits) -> Measured
 
 def _untrained(_: str, arguments: argparse.Namespace, model: BigBiGAN, splits: Splits) -> Iterator[Measured]:
     from bigbigan import create_model
+    from bigbigan.config import MLPEncoderConfig
     from bigbigan.evaluation.representations import model_features
+    from bigbigan.layers import Initializer
     from bigbigan.training.batches import Images
     from bigbigan.training.export import standing_statistics
 
-    untrained = create_model(model.config, parts=("encoder",), seed=arguments.seed)
+    mlp = isinstance(model.config.encoder, MLPEncoderConfig)  # BiGAN on MNIST begins as its authors' does
+    initializer: Initializer = "normal" if mlp else "orthogonal"
+    untrained = create_model(model.config, parts=("encoder",), seed=arguments.seed, initializer=initializer)
     for statistics in ("initial", "estimated"):
         if statistics == "estimated":
             config, channels = model.config.preprocess, model.config.image_channels

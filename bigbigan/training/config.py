@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from bigbigan.config import BigBiGANConfig
+from bigbigan.layers import Initializer
 from bigbigan.schema import ConfigError, check_choices
 from bigbigan.training.data import AugmentationConfig
 
@@ -39,7 +40,7 @@ class TrainConfig:
     adam_beta1: float = 0.0
     adam_beta2: float = 0.999
     adam_eps: float = 1e-8
-    initializer: Literal["orthogonal", "normal"] = "orthogonal"  # BigGAN's; N(0, 0.02), D's scores 0
+    initializer: Initializer = "orthogonal"  # BigGAN's; or normal, BiGAN's (bigbigan.layers.initialize)
     ema_halflife_images: float = 50_000.0  # of the averages of G and E that are exported; 0: none
     augmentation: AugmentationConfig = dataclasses.field(default_factory=AugmentationConfig)
     # How it is computed.

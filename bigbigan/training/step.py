@@ -19,7 +19,6 @@ from bigbigan.training.config import TrainConfig
 from bigbigan.training.ema import EMA
 from bigbigan.training.losses import discriminator_loss, generator_encoder_loss, rotation_loss, turn
 
-INITIAL_STDEV = 0.02  # of weights under the "normal" initializer (BiGAN), but those of D's scores
 Metrics = dict[str, list[Tensor]]  # values by name, one a D step and micro-batch
 
 
@@ -72,7 +71,7 @@ class TrainingState:
                 spectral_norm = name != "encoder" or getattr(part, "spectral_norm", False)
                 network = PART_CLASSES[type(part)](part, spectral_norm=spectral_norm)
             if self.device.type != "meta":
-                _initialize(network.to_empty(device="cpu"), config, draws)
+                initialize(network.to_empty(device="cpu"), draws, config.initializer)
             network.to(self.device, self.dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
             self.networks[name] = network.train()
         if (encoder := self.networks.get("encoder")) is not None:
@@ -117,16 +116,6 @@ class TrainingState:
     def all_finite(self, loss: Tensor) -> bool:
         """Whether a loss is finite in every process."""
         return bool(torch.isfinite(loss))
-
-
-def _initialize(network: nn.Module, config: TrainConfig, draws: torch.Generator) -> None:
-    initialize(network, draws)
-    if config.initializer == "normal":
-        for name, layer in network.named_modules():
-            if isinstance(layer, nn.Conv2d | nn.Linear):
-                # D starts without an opinion (jeffdonahue/bigan, gan.py: `stddev=0`).
-                stdev = 0.0 if name.startswith("score_") else INITIAL_STDEV
-                nn.init.normal_(layer.weight, std=stdev, generator=draws)
 
 
 def pool_to(x: Tensor, resolution: int) -> Tensor:
