@@ -32,7 +32,7 @@ def create_model(
     drawn from `seed`; batch-norm statistics are mean 0, variance 1.
 
     Raises:
-        ValueError: unknown name, or a part that the architecture lacks.
+        ValueError: unknown name or initializer, or a part that the architecture lacks.
     """
     if isinstance(name, BigBiGANConfig):
         config, info = name, ModelInfo(source="random weights")

@@ -7,7 +7,7 @@ from a `Layers` factory, so that one definition serves training (spectral norm o
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import torch.distributed
@@ -352,15 +352,20 @@ Initializer = Literal["orthogonal", "normal"]
 def initialize(module: nn.Module, generator: torch.Generator, initializer: Initializer = "orthogonal") -> nn.Module:
     """Orthogonal weights, zero biases, unit norms, zero attention gamma (BigGAN); `u` from N(0, 1).
 
-    Or "normal" weights as jeffdonahue/bigan has them: from N(0, 0.02), those of D's scores zero (`stddev=0` in gan.py).
-    Draws from `generator` alone, layer by layer in definition order.
+    Or "normal" weights as jeffdonahue/bigan has them: from N(0, 0.02), those of D's scores zero (`stddev=0` in gan.py)
+    unless a spectral norm divides them. Draws from `generator` alone, layer by layer in definition order.
+
+    Raises:
+        ValueError: another `initializer`.
     """
+    if initializer not in get_args(Initializer):
+        raise ValueError(f"no initializer {initializer!r}; there is {', '.join(get_args(Initializer))}")
     for name, layer in module.named_modules():
         if isinstance(layer, nn.Conv2d | nn.Linear):
             if initializer == "orthogonal":
                 nn.init.orthogonal_(layer.weight, generator=generator)
             else:
-                stdev = 0.0 if name.startswith("score_") else 0.02
+                stdev = 0.0 if name.startswith("score_") and not isinstance(layer, SpectralNorm) else 0.02
                 nn.init.normal_(layer.weight, std=stdev, generator=generator)
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)

@@ -148,6 +148,8 @@ def test_initial_weights_of_its_authors() -> None:
     score = model.discriminator.score_xz.weight
     weights = torch.cat([p.flatten() for n in model.parts for p in getattr(model, n).parameters() if p is not score])
     assert score.abs().max() == 0 and weights.std().item() == pytest.approx(0.02, rel=1e-2)
+    with pytest.raises(ValueError, match="no initializer 'orthognal'; there is orthogonal, normal"):
+        create_model("bigan-mnist-mlp", initializer="orthognal")  # type: ignore[arg-type]
 
 
 # ---- as a model ----

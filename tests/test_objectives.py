@@ -185,12 +185,20 @@ def test_bigan_weights_and_decay_are_those_of_its_authors() -> None:
         p.detach().flatten() for n in state.networks.values() for k, p in n.named_parameters() if "score" not in k
     ]
     assert torch.cat(weights).std().item() == pytest.approx(0.02, rel=0.01)
-    first = train_step(TrainingState(BIGAN), lambda i: batch(BIGAN), N)  # their log begins with 0.6932 for each loss
+    first = train_step(
+        TrainingState(BIGAN), lambda i: batch(BIGAN), N
+    )  # as the log in the README of jeffdonahue/bigan begins: 0.6932
     assert first["loss_d"].item() == first["loss_ge"].item() == pytest.approx(math.log(2))
     assert all(group["weight_decay"] == 2.5e-5 for group in state.optimizer_ge.param_groups)
     epoch = 50_000
     factors = [RECIPES["bigan-mnist-mlp"].lr_factor(e * epoch) for e in (0, 200, 300, 400)]
     assert factors == pytest.approx([1, 1, 0.1, 0.01])
+
+
+def test_normal_weights_under_spectral_norm_take_a_step() -> None:
+    config = dataclasses.replace(TINY, initializer="normal")
+    metrics = train_step(TrainingState(config), lambda i: batch(config), N)
+    assert all(value.isfinite() for value in metrics.values())
 
 
 def test_decayed_learning_rate_is_what_the_weights_move_by() -> None:

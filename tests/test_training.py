@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import json
 import os
@@ -338,16 +339,53 @@ def test_settings_can_be_corrected_until_there_is_a_checkpoint(photos: Path, tmp
     assert (run / "config.json").exists()
 
 
+def test_a_killed_process_leaves_its_run_to_the_next_though_its_workers_live(tmp_path: Path) -> None:
+    code = (
+        "import os, sys, time, pathlib; from bigbigan.training.runfolder import hold\n"
+        "with hold(pathlib.Path(sys.argv[1])):\n"
+        "    if os.fork(): print('held', flush=True)\n"
+        "    time.sleep(60)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True) as process:
+        try:
+            assert process.stdout is not None and process.stdout.readline() == b"held\n"
+            with pytest.raises(ConfigError, match="another process trains in"), runfolder.hold(tmp_path):
+                pass
+            process.kill()
+            process.wait()
+            with runfolder.hold(tmp_path):
+                pass
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def test_a_file_system_without_locks_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(runfolder, "_lock", refuse)
+    with runfolder.hold(tmp_path):
+        pass
+    assert f"{tmp_path} cannot be locked" in caplog.text
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 @pytest.mark.parametrize("reversible", [False, True])
 def test_compiled_networks_take_the_same_steps(photos: Path, tmp_path: Path, reversible: bool) -> None:
+    from torch._dynamo.utils import counters
+
+    counters.clear()
     config, losses = dataclasses.replace(TINY, total_images=12, log_images=4, probe_images=0), []
     if reversible:
         encoder = dataclasses.replace(TINY.model.encoder, architecture="revnet", block="bottleneck")
         config = dataclasses.replace(config, model=dataclasses.replace(TINY.model, encoder=encoder), reversible=True)
     for compiled in (False, True):
         run = loop.train(dataclasses.replace(config, compile=compiled), open_dataset(photos), tmp_path / str(compiled))
+        assert (counters["frames"]["ok"] > 0) == compiled
         records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         losses.append([v for r in records for name, v in r.items() if name.startswith(("loss", "score"))])
     assert len(losses[0]) >= 3 * 8

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
@@ -55,7 +56,8 @@ class Processes:
             try:
                 work()
             except Exception as error:
-                self.gather(f"{type(error).__name__}: {error}")
+                with contextlib.suppress(RuntimeError):  # the others gave up waiting; the error at hand matters more
+                    self.gather(f"{type(error).__name__}: {error}")
                 raise
         if failure := self.gather(None)[0]:
             raise PeerError(f"the main process failed with {failure}")

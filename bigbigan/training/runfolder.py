@@ -5,14 +5,14 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-
-from filelock import FileLock, Timeout
+from typing import Any, TextIO
 
 from bigbigan.evaluation.features import digest
 from bigbigan.files import atomic_write, sync
@@ -23,26 +23,36 @@ from bigbigan.training.config import TrainConfig
 from bigbigan.training.sources import ImageDataset
 from bigbigan.training.streaming import ImageStream
 
-LOCK_SECONDS = 15.0  # workers outlive a killed process by about five, and its lock with them
+if sys.platform != "win32":
+    import fcntl
+
+logger = logging.getLogger(__name__)
 
 
 @contextmanager
 def hold(run: Path) -> Iterator[None]:
     """Keeps other processes from training in the folder `run`; however this one ends, the system lets go of it.
 
+    Where the system or its file system has no locks, a warning says so. Children do not inherit the lock.
+
     Raises:
         ConfigError: another process trains there.
     """
     run.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(run / ".lock")
-    try:
-        lock.acquire(timeout=LOCK_SECONDS)
-    except Timeout as error:
-        raise ConfigError(f"another process trains in {run}; stop it, or choose another folder") from error
-    try:
+    with open(run / ".lock", "w") as file:
+        try:
+            _lock(file)
+        except (BlockingIOError, PermissionError) as error:  # EAGAIN or EACCES, as the system likes
+            raise ConfigError(f"another process trains in {run}; stop it, or choose another folder") from error
+        except OSError as error:
+            logger.warning("%s cannot be locked (%s): nothing keeps another process from training there", run, error)
         yield
-    finally:
-        lock.release()
+
+
+def _lock(file: TextIO) -> None:
+    if sys.platform == "win32":
+        raise OSError("Windows has no fcntl")
+    fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def describe(config: TrainConfig, data: ImageDataset | ImageStream, init: BigBiGAN | None = None) -> dict[str, Any]:
