@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from bigbigan import BigBiGAN, create_model
 from bigbigan.cli import main
 from bigbigan.evaluation.linear_probe import linear_probe
+from bigbigan.evaluation.representations import model_features
 from bigbigan.training.data import open_dataset
 
 
@@ -142,6 +143,15 @@ def test_crelu_of_what_is_compared(tmp_path: Path, data: Path, models: dict[str,
     found = rows(linear(tmp_path, data, models["one"], "--crelu", "--compare", files, "--compare", models["two"]))
     assert found[files.split(",")[0], "features, BN+CReLU"]["num_features"] == 2
     assert len(found) == 4  # models have their own bn_crelu_feat
+
+
+def test_untrained_networks_are_those_that_training_begins_with(tmp_path: Path, data: Path) -> None:
+    model = create_model("bigan-mnist-mlp", parts=("encoder",), seed=1)
+    model.save(tmp_path / "mlp")
+    found = record(tmp_path, "knn", "--data", data, "--model", tmp_path / "mlp", "--compare", "untrained", "--k", 1)
+    wanted = create_model("bigan-mnist-mlp", parts=("encoder",), seed=0, initializer="normal")
+    digest = model_features(wanted, ["avepool_feat"]).digest
+    assert found["representations"]["untrained encoder, initial statistics"]["digest"] == digest
 
 
 def test_a_table_does_not_depend_on_how_images_are_read(
