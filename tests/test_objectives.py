@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bigbigan.discriminator import DiscriminatorOutput
@@ -193,6 +194,63 @@ def test_bigan_weights_and_decay_are_those_of_its_authors() -> None:
     epoch = 50_000
     factors = [RECIPES["bigan-mnist-mlp"].lr_factor(e * epoch) for e in (0, 200, 300, 400)]
     assert factors == pytest.approx([1, 1, 0.1, 0.01])
+
+
+def test_three_steps_of_bigan_are_those_of_its_formulas() -> None:
+    """Networks, losses, decay and Adam of jeffdonahue/bigan, written out; 300 epochs on, where the rate is a tenth."""
+    config = dataclasses.replace(BIGAN, precision="fp64")
+    state = opinionated(config)
+    weights = {f"{part}.{k}": p.detach().clone() for part, n in state.networks.items() for k, p in n.named_parameters()}
+    assert all(name.endswith("weight") for name in weights)
+    moments = {name: (torch.zeros_like(w), torch.zeros_like(w)) for name, w in weights.items()}
+
+    def layer(x: Tensor, name: str) -> Tensor:
+        return x @ weights[f"{name}.weight"].T
+
+    def norm(x: Tensor) -> Tensor:
+        return (x - x.mean(0)) / (x.var(0, correction=0) + 1e-8).sqrt()
+
+    def leaky(x: Tensor, slope: float) -> Tensor:
+        return torch.where(x > 0, x, slope * x)
+
+    def draw(z: Tensor) -> Tensor:
+        h = leaky(norm(layer(z, "generator.hidden.linear1")), 0)
+        h = layer(h, "generator.hidden.linear2") + layer(z, "generator.hidden.linear_z")
+        return torch.sigmoid(layer(leaky(norm(h), 0), "generator.image"))
+
+    def encode(x: Tensor) -> Tensor:
+        h = layer(leaky(layer(x, "encoder.hidden.linear1"), 0.2), "encoder.hidden.linear2")
+        return 2 * torch.sigmoid(layer(leaky(norm(h), 0.2), "encoder.latent")) - 1
+
+    def score_xz(x: Tensor, z: Tensor) -> Tensor:
+        h = layer(leaky(layer(x, "discriminator.hidden.linear1"), 0.2), "discriminator.hidden.linear2")
+        return layer(leaky(norm(h + layer(z, "discriminator.hidden.linear_z")), 0.2), "discriminator.score_xz")
+
+    for step in (1, 2, 3):
+        drawn = batch(config, step)
+        data = Batch(drawn.x.double(), drawn.z.double(), drawn.noise.double())
+        metrics = train_step(state, lambda i: data, 300 * 50_000)  # noqa: B023
+        for w in weights.values():
+            w.requires_grad_()
+        x = (data.x.flatten(1) + 1) / 2
+        real, fake = score_xz(x, encode(x)), score_xz(draw(data.z), data.z)  # before D's sigmoid
+        loss_d = (F.softplus(-real) + F.softplus(fake)).mean() / 2
+        loss_ge = (F.softplus(real) + F.softplus(-fake)).mean() / 2
+        torch.testing.assert_close(metrics["loss_d"], loss_d.detach())
+        torch.testing.assert_close(metrics["loss_ge"], loss_ge.detach())
+        slopes = {
+            name: torch.autograd.grad(loss_d if name.startswith("disc") else loss_ge, w, retain_graph=True)[0]
+            for name, w in weights.items()
+        }
+        for name, w in weights.items():
+            slope, (first, second) = slopes[name] + 2.5e-5 * w.detach(), moments[name]
+            first, second = 0.5 * first + 0.5 * slope, 0.999 * second + 0.001 * slope**2
+            moments[name] = first, second
+            move = first / (1 - 0.5**step) / ((second / (1 - 0.999**step)).sqrt() + 1e-8)
+            weights[name] = w.detach() - 0.1 * 2e-4 * move
+    for part, network in state.networks.items():
+        for name, parameter in network.named_parameters():
+            torch.testing.assert_close(parameter.detach(), weights[f"{part}.{name}"], rtol=0, atol=1e-10)
 
 
 def test_normal_weights_under_spectral_norm_take_a_step() -> None:
