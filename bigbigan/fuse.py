@@ -57,6 +57,7 @@ from bigbigan.layers import (
     UpsampleConv2d,
     box_kernel,
 )
+from bigbigan.mlp import Linear
 from bigbigan.resnet import ResNet, ResNetUnit, StemPool, StridedConv2d
 from bigbigan.revnet import RevNet, RevNetStem, RevNetUnit
 
@@ -142,7 +143,7 @@ def linear(plain: nn.Linear, sides: Sides) -> nn.Module:
 
 
 Leaves = dict[type, Callable[[Any, Sides], nn.Module]]
-LINEAR: Leaves = {nn.Linear: linear}
+LINEAR: Leaves = {nn.Linear: linear, Linear: linear}
 LEAVES: Leaves = {
     nn.Conv2d: convolution,
     StridedConv2d: strided,

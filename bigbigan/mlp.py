@@ -14,10 +14,22 @@ from torch import Tensor, nn
 from bigbigan.config import MLPDiscriminatorConfig, MLPEncoderConfig, MLPGeneratorConfig
 from bigbigan.discriminator import DiscriminatorOutput
 from bigbigan.encoder import EncoderOutput, crelu
+from bigbigan.kernels import trained_linear
 from bigbigan.layers import BatchNorm
 from bigbigan.pretrained import Pretrained
 
 Config = MLPGeneratorConfig | MLPEncoderConfig | MLPDiscriminatorConfig
+
+
+class Linear(nn.Linear):
+    """Without bias, and trained by faster kernels where there are some."""
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__(inputs, outputs, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, inputs] -> [N, outputs]."""
+        return trained_linear(x, self.weight)
 
 
 class HiddenLayers(nn.Module):
@@ -29,10 +41,10 @@ class HiddenLayers(nn.Module):
     def __init__(self, config: Config, inputs: int, *, first_norm: bool = False, z_dim: int = 0):
         super().__init__()
         width, self.negative_slope = config.width, config.negative_slope
-        self.linear1 = nn.Linear(inputs, width, bias=False)
+        self.linear1 = Linear(inputs, width)
         self.norm1 = BatchNorm(width, config.bn_eps, affine=False) if first_norm else nn.Identity()
-        self.linear2 = nn.Linear(width, width, bias=False)
-        self.linear_z = nn.Linear(z_dim, width, bias=False) if z_dim else None
+        self.linear2 = Linear(width, width)
+        self.linear_z = Linear(z_dim, width) if z_dim else None
         self.norm2 = BatchNorm(width, config.bn_eps, affine=False)
 
     def forward(self, x: Tensor, z: Tensor | None = None) -> Tensor:
@@ -61,7 +73,7 @@ class MLPGenerator(nn.Module, Pretrained):
         super().__init__()
         self.config = config
         self.hidden = HiddenLayers(config, config.z_dim, first_norm=True, z_dim=config.z_dim)
-        self.image = nn.Linear(config.width, pixels(config), bias=False)
+        self.image = Linear(config.width, pixels(config))
 
     def forward(self, z: Tensor) -> Tensor:
         """z: [N, z_dim] -> images [N, image_channels, resolution, resolution] in [-1, 1]."""
@@ -84,7 +96,7 @@ class MLPEncoder(nn.Module, Pretrained):
         self.config = config
         self.hidden = HiddenLayers(config, pixels(config))
         self.feature_norm = BatchNorm(config.width, config.feature_norm_eps, affine=False)
-        self.latent = nn.Linear(config.width, config.z_dim, bias=False)
+        self.latent = Linear(config.width, config.z_dim)
 
     @property
     def num_features(self) -> int:
@@ -105,7 +117,7 @@ class MLPDiscriminator(nn.Module):
         super().__init__()
         self.config = config
         self.hidden = HiddenLayers(config, pixels(config), z_dim=config.z_dim)
-        self.score_xz = nn.Linear(config.width, 1, bias=False)
+        self.score_xz = Linear(config.width, 1)
 
     def forward(self, x: Tensor, z: Tensor | None) -> DiscriminatorOutput:
         """x: [N, C, resolution, resolution] in [-1, 1]; z: [N, z_dim]."""

@@ -16,8 +16,9 @@ from torch import nn
 from bigbigan import Encoder, Generator, WeightsError, create_model, load
 from bigbigan.config import BigBiGANConfig, MLPDiscriminatorConfig, MLPEncoderConfig, MLPGeneratorConfig
 from bigbigan.config import PreprocessConfig as Preprocess
+from bigbigan.kernels import packs
 from bigbigan.layers import StandingStatistics, effective_state
-from bigbigan.mlp import MLPDiscriminator, MLPEncoder, MLPGenerator
+from bigbigan.mlp import Linear, MLPDiscriminator, MLPEncoder, MLPGenerator
 from bigbigan.modelcard import model_card
 from bigbigan.modelfolder import load_folder, read_config
 
@@ -141,6 +142,31 @@ def test_gradients_reach_every_weight() -> None:
     x = generator(random_normal(5, 3))
     discriminator(x, encoder(x).z_sample).score_xz.sum().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for n in networks for p in n.parameters())
+
+
+@pytest.mark.parametrize("n", [1, 5])
+def test_linear_layers_are_trained_by_kernels_that_give_the_same(n: int) -> None:
+    layer = randomize(Linear(4, 3)).float()
+    x = random_normal(n, 4).float().requires_grad_()
+    out = layer(x)
+    assert (out.grad_fn.name() == "_TrainedLinearBackward") == packs()
+    weights = random_normal(n, 3).float()
+    found = torch.autograd.grad((out * weights).sum(), (x, layer.weight))
+    close(out, nn.functional.linear(x, layer.weight), 1e-6)
+    close(found[0], weights @ layer.weight, 1e-6)
+    close(found[1], weights.t() @ x, 1e-6)
+
+
+def test_linear_layers_are_plain_where_kernels_do_not_apply() -> None:
+    layer, x = Linear(4, 3), torch.randn(5, 4)
+    assert torch.equal(layer.double()(x.double()), nn.functional.linear(x.double(), layer.weight))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer.float()(x).dtype == torch.bfloat16
+    assert layer(x.expand(2, 5, 4)).shape == (2, 5, 3)
+    with pytest.raises(RuntimeError, match="same dtype"):
+        layer(x.double())
+    with torch.no_grad():
+        assert layer(x).grad_fn is None
 
 
 def test_initial_weights_of_its_authors() -> None:

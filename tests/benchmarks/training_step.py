@@ -1,10 +1,11 @@
-"""Images a second of the embedded model's training step, beside the same step of PyTorch's standard parts.
+"""Images a second of a recipe's training step, with its speed-ups undone and put back one by one.
 
-The first row is `standard_step.StandardTraining`. The second is `train_step` with each of `CHANGES` undone; from row
-to row one more of them is in force, until the last is `train_step` as it is. All start from the same weights, take the
-same batches, and do a step in turn, so that other work on the machine meets each alike. Ratios are medians over rounds.
+For the embedded model's recipe the first row is the same step of PyTorch's standard parts,
+`standard_step.StandardTraining`. The next is `train_step` with each of the recipe's `CHANGES` undone; from row to row
+one more of them is in force, until the last is `train_step` as it is. All start from the same weights, take the same
+batches, and do a step in turn, so that other work on the machine meets each alike. Ratios are medians over rounds.
 
-python -m tests.benchmarks.training_step [--precision fp32|bf16] [--rounds 7] [--threads 1] [--ends]
+python -m tests.benchmarks.training_step [RECIPE] [--precision fp32|bf16] [--rounds 7] [--threads 1] [--ends]
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bigbigan import mlp
 from bigbigan.discriminator import DiscriminatorBlock
 from bigbigan.generator import GeneratorBlock
 from bigbigan.layers import DownsampleConv2d, SpectralNorm, UpsampleConv2d, upsample_nearest
@@ -112,14 +114,22 @@ def foreach_adam(state: TrainingState) -> None:
         optimizer._step_supports_amp_scaling = False  # only fused Adam's
 
 
-CHANGES: dict[str, Undo] = {
-    "channels last": contiguous,
-    "1x1 shortcuts at the small side": full_size_shortcuts,
-    "resampling within the convolution": separate_resampling,
-    "spectral norm of one vector": standard_spectral_norm,
-    "last D step's pairs kept for G and E": pairs_anew,
-    "one pass of D over both kinds": separate_passes,
-    "fused Adam": foreach_adam,
+def linear_by_pytorch(state: TrainingState) -> contextlib.AbstractContextManager[object]:
+    return mock.patch.object(mlp, "trained_linear", F.linear)
+
+
+BIGAN = "bigan-mnist-mlp"
+CHANGES: dict[str, dict[str, Undo]] = {  # by recipe
+    EMBEDDED: {
+        "channels last": contiguous,
+        "1x1 shortcuts at the small side": full_size_shortcuts,
+        "resampling within the convolution": separate_resampling,
+        "spectral norm of one vector": standard_spectral_norm,
+        "last D step's pairs kept for G and E": pairs_anew,
+        "one pass of D over both kinds": separate_passes,
+        "fused Adam": foreach_adam,
+    },
+    BIGAN: {"linear layers by oneDNN's kernels": linear_by_pytorch, "fused Adam": foreach_adam},
 }
 
 
@@ -150,18 +160,18 @@ class Variant:
 
 
 def variants(config: TrainConfig, ends: bool) -> list[Variant]:
-    changes = list(CHANGES.items())
-    rows = [Variant("standard parts", config, None)]
-    if not ends:
-        rows.append(Variant("train_step, changes undone", config, [undo for _, undo in changes]))
-        for i, (name, _) in enumerate(changes[:-1]):
-            rows.append(Variant(f"+ {name}", config, [undo for _, undo in changes[i + 1 :]]))
-    return [*rows, Variant("train_step" if ends else f"+ {changes[-1][0]}", config, [])]
+    names, undos = zip(*CHANGES[config.name].items(), strict=True)
+    rows: list[tuple[str, list[Undo] | None]] = [("train_step, changes undone", list(undos))]
+    rows += [(f"+ {name}", list(undos[i + 1 :])) for i, name in enumerate(names)]
+    if config.name == EMBEDDED:
+        rows.insert(0, ("standard parts", None))
+    return [Variant(name, config, undo) for name, undo in (rows[:: len(rows) - 1] if ends else rows)]
 
 
 def draw_batches(config: TrainConfig) -> list[Batch]:
     draws, z_dim = torch.Generator().manual_seed(0), config.model.z_dim
-    shapes = ((1, 32, 32), (z_dim,), (z_dim,))
+    side = config.model.preprocess.resolution
+    shapes = ((1, side, side), (z_dim,), (z_dim,))
     return [
         Batch(*(torch.randn(config.batch_size, *shape, generator=draws) for shape in shapes))
         for _ in range(config.d_steps)
@@ -190,13 +200,13 @@ def measure(rows: list[Variant], batches: list[Batch], rounds: int, clock: Calla
 
 
 def report(rows: list[Variant], batch_size: int) -> Iterator[str]:
-    yield f"{'':44} img/s  over the row above  over standard parts"
+    yield f"{'':44}  img/s  over the row above  over the first"
     for previous, row in zip([rows[0], *rows], rows, strict=False):
         above, standard = (
             statistics.median(a / b for a, b in zip(other.seconds, row.seconds, strict=True))
             for other in (previous, rows[0])
         )
-        yield f"{row.name:44} {batch_size / statistics.median(row.seconds):5.1f}  {above:18.2f}  {standard:19.2f}"
+        yield f"{row.name:44} {batch_size / statistics.median(row.seconds):6.1f}  {above:18.2f}  {standard:14.2f}"
 
 
 def cpu_name() -> str:
@@ -208,13 +218,14 @@ def cpu_name() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", nargs="?", choices=list(CHANGES), default=EMBEDDED, help="(default: %(default)s)")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--ends", action="store_true", help="the first and the last row only")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    config = dataclasses.replace(RECIPES[EMBEDDED], precision=args.precision)
+    config = dataclasses.replace(RECIPES[args.recipe], precision=args.precision)
     rows, batches = variants(config, args.ends), draw_batches(config)
     check(rows, batches)
     # On one thread, time that other processes take is left out.
