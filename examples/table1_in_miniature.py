@@ -19,6 +19,7 @@ from pathlib import Path
 
 from bigbigan import load
 from bigbigan.cli import main
+from bigbigan.files import atomic_write
 from bigbigan.grids import enlargement, make_grid
 from bigbigan.images import save_image
 
@@ -58,6 +59,18 @@ def command(*arguments: object) -> None:
         sys.exit(code)
 
 
+def check_settings() -> None:
+    """Runs of one folder share what their figures depend on: it is written down there, and other settings refused."""
+    path = args.runs / "settings.json"
+    settings = {name: getattr(args, name) for name in ("data", "network", "images", "samples", "settings")}
+    args.runs.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+        with atomic_write(path) as temporary:
+            temporary.write_text(json.dumps(settings, indent=2), encoding="utf-8")
+    if (before := json.loads(path.read_text(encoding="utf-8"))) != settings:
+        sys.exit(f"{path} has {before}; this command has {settings}: choose another folder for --runs")
+
+
 def run(row: str, seed: int, folder: Path, deadline: float) -> bool:
     """Trains and measures; False if the time was over before."""
     recipe, changes = ROWS[row]
@@ -86,8 +99,9 @@ def run(row: str, seed: int, folder: Path, deadline: float) -> bool:
         command("evaluate", "linear", "--data", args.data, "--model", model, "--json", folder / "linear.json")
     if not (folder / "generation.json").exists():
         statistics_file = args.runs / "reference.safetensors"
-        saving = [] if statistics_file.exists() else ["--data", args.data, "--split", "test"]
-        saving += ["--statistics" if statistics_file.exists() else "--save-statistics", statistics_file]
+        saving: list[object] = ["--data", args.data, "--split", "test", "--save-statistics", statistics_file]
+        if statistics_file.exists():
+            saving = ["--statistics", statistics_file]
         command("evaluate", "generation", "--model", model, "-n", args.samples, "--network", args.network,
                 "--kid-subsets", 0, *saving, "--json", folder / "generation.json")  # fmt: skip
     return True
@@ -122,6 +136,7 @@ def table(folders: dict[str, list[Path]]) -> str:
 
 runs = {(row, seed): args.runs / f"{row.replace(' ', '-')}-{seed}"
         for seed in range(args.seeds) for row in args.rows if seed < SEEDS.get(row, 2)}  # fmt: skip
+check_settings()
 deadline = time.monotonic() + 60 * args.minutes
 done = {key: path for key, path in runs.items() if (path / "generation.json").exists()}
 for (row, seed), folder in runs.items():

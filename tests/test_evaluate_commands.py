@@ -229,6 +229,54 @@ def test_a_feature_file_finds_the_same_neighbours(
         assert pixels(picture).shape == (64, 64 + 16 + 5 * 66 - 2, 3)
 
 
+def test_a_feature_file_is_credited_to_nobody_or_to_the_model_that_wrote_it(
+    tmp_path: Path, data: Path, tiny: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, file, other = data / "train", tmp_path / "features.npz", tmp_path / "other"
+    create_model("bigbigan-tiny", parts=("encoder",), seed=8).save(other)
+    assert main(["encode", str(folder), "-o", str(file), "--model", tiny, "--quiet"]) == 0
+    options = ("--data", folder, "--features", file, "--k", 2)
+    alone = measure(tmp_path, "retrieval", *options, "--model", other)
+    assert alone["model"] is None and alone["results"][0]["representation"] == "features.npz"
+    asked = measure(tmp_path, "retrieval", folder / "dark" / "0.png", *options, "--model", tiny)
+    assert asked["model"]["name"] == asked["results"][0]["representation"] == "bigbigan-tiny"
+    message = refused(capsys, "retrieval", folder / "dark" / "0.png", *options, "--model", other)
+    assert "of bright/0.png is not what bigbigan-tiny gives for that image; name the --model that wrote" in message
+
+
+def test_one_class_tells_nothing(tmp_path: Path, tiny: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for split in ("train", "test"):
+        (tmp_path / split / "only").mkdir(parents=True)
+        for shade in range(8):
+            Image.new("RGB", (32, 32), (30 * shade,) * 3).save(tmp_path / split / "only" / f"{shade}.png")
+    message = refused(capsys, "reconstruction", "--data", tmp_path, "--model", tiny)
+    assert "all 8 images of train have the one label 0; give images of two classes or more" in message
+    found = measure(tmp_path, "retrieval", "--data", tmp_path, "--model", tiny, "--k", 2)["results"]
+    assert len(found) == 1 and "precision" not in found[0]
+
+
+def test_weights_are_what_the_model_folder_says_they_are(tmp_path: Path, data: Path, tiny: str) -> None:
+    last = create_model("bigbigan-tiny", seed=7)
+    last.info = dataclasses.replace(last.info, provenance={"training": {"ema_halflife_images": 0.0}})
+    last.save(tmp_path / "last")
+    options = ("-n", 4, "--data", data, "--network", f"{data}/network.py:network", "--kid-subsets", 0, "--splits", 1)
+    for model, said in (
+        (tiny, "as in the model folder"),
+        (tmp_path / "last", "of the last step, no EMA, standing statistics"),
+        ("bigbigan-fashion-mnist-32", "EMA, standing statistics"),
+    ):
+        assert measure(tmp_path, "generation", "--model", model, *options)["results"][0]["weights"] == said
+
+
+def test_a_record_that_cannot_be_written_is_told_before_the_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for path in (tmp_path, tmp_path / "absent" / "record.json"):
+        with pytest.raises(SystemExit) as stopped:
+            main(["evaluate", "reconstruction", "--data", "nowhere", "--json", str(path)])
+        assert stopped.value.code == 2 and "name a file in a folder that is there" in capsys.readouterr().err
+
+
 def test_precision_of_a_split_against_another_and_itself(
     tmp_path: Path, data: Path, tiny: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -239,6 +287,14 @@ def test_precision_of_a_split_against_another_and_itself(
         itself = measure(tmp_path, "retrieval", "--data", data, "--model", tiny, *more)["results"][0]
         assert itself["num_queries"] == 60
         assert all(entry["query"] not in entry["names"] for entry in itself["neighbours"])
+    part = measure(tmp_path, "retrieval", "--data", data, "--model", tiny, "--query-split", "train[28:32]")["results"][
+        0
+    ]
+    assert part["num_queries"] == 4
+    assert all(entry["query"] not in entry["names"] for entry in part["neighbours"])
+    assert "--k 61: there are 60 images in train" in refused(
+        capsys, "retrieval", "--data", data, "--model", tiny, "--k", 61
+    )
     assert "there are 59 images" in refused(capsys, "retrieval", "--data", data, "--model", tiny, "--k", 60)
     assert "not both" in refused(capsys, "retrieval", "a.png", "--data", data, "--query-split", "test")
     assert "no such file" in refused(capsys, "retrieval", "--data", data, "--features", "absent.npz", "--model", tiny)

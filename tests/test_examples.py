@@ -60,3 +60,5 @@ def test_table_1_in_miniature(tmp_path: Path) -> None:
     assert no_e[:2] == ["no E", "2"] and "-" in no_e
     with Image.open(tmp_path / "table1_in_miniature.png") as picture:
         assert picture.width > 16 * 32
+    other = subprocess.run([*command, "--images", "12"], cwd=tmp_path, capture_output=True, text=True)
+    assert other.returncode == 1 and "choose another folder for --runs" in other.stderr

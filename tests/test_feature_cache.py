@@ -69,6 +69,14 @@ def test_what_is_cached_is_what_is_computed(tmp_path: Path) -> None:
     ]
 
 
+def test_names_that_differ_in_signs_alone_are_kept_apart(tmp_path: Path) -> None:
+    found = Representation("signs", lambda x, start: {"a b": x.mean((2, 3)), "a_b": x.amax((2, 3))}, ("a b", "a_b"),
+                           SMALL, 3, "d" * 64)  # fmt: skip
+    for _ in range(2):
+        rows = compute_features(found, TensorImages(images()), cache=tmp_path)
+        assert not torch.equal(rows["a b"][:], rows["a_b"][:])
+
+
 def test_a_missing_output_is_added(tmp_path: Path) -> None:
     calls: list[int] = []
     source, found = TensorImages(images()), counted(calls)

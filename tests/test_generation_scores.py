@@ -132,6 +132,11 @@ def test_classifier_score_by_hand_and_as_by_numpy() -> None:
     p = logits.softmax(1).numpy()
     wanted = np.exp((p * (np.log(p) - np.log(p.mean(0)))).sum(1).mean())
     assert classifier_score(logits, splits=1)[0] == pytest.approx(wanted, rel=1e-9)
+    order = torch.randperm(300, generator=torch.Generator().manual_seed(2)).numpy()
+    parts = [p[rows] for rows in np.split(order, 3)]
+    scores = [np.exp((part * (np.log(part) - np.log(part.mean(0)))).sum(1).mean()) for part in parts]
+    wanted = (pytest.approx(np.mean(scores), rel=1e-9), pytest.approx(np.std(scores), rel=1e-6))
+    assert classifier_score(logits, splits=3, seed=2) == wanted
 
 
 def test_what_cannot_be_scored_is_refused() -> None:

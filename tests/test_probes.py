@@ -115,16 +115,18 @@ def test_any_encoder_is_a_row_of_one_table(
         ("pca:4", "4 principal components", 4),
         ("untrained encoder, initial statistics", "avepool_feat", 32),
         ("untrained encoder, estimated statistics", "avepool_feat", 32),
-        ("supervised network", "last hidden layer", 2048),
-        ("supervised network", "its own classifier", 2048),
+        ("supervised network, 2 epochs", "last hidden layer", 2048),
+        ("supervised network, 2 epochs", "its own classifier", 2048),
         ("timm:net", "features", 5),
         (models["two"], "avepool_feat", 32),
         (f"file:{tmp_path / 'train.npz'}", "avepool_feat", 32),
     ]
     assert (
-        table["raw pixels", "pixels"]["accuracy"] == table["supervised network", "last hidden layer"]["accuracy"] == 1
+        table["raw pixels", "pixels"]["accuracy"]
+        == table["supervised network, 2 epochs", "last hidden layer"]["accuracy"]
+        == 1
     )
-    assert 0.5 < table["supervised network", "its own classifier"]["accuracy"] <= 1
+    assert 0.5 < table["supervised network, 2 epochs", "its own classifier"]["accuracy"] <= 1
     same = [table[name, "avepool_feat"]["accuracy"] for name in (models["two"], f"file:{tmp_path / 'train.npz'}")]
     assert same[0] == same[1]
     digests = {name: facts["digest"] for name, facts in found["representations"].items()}
@@ -142,7 +144,9 @@ def test_crelu_of_what_is_compared(tmp_path: Path, data: Path, models: dict[str,
     files = f"file:{tmp_path / 'train.npy'},{tmp_path / 'test.npy'}"
     found = rows(linear(tmp_path, data, models["one"], "--crelu", "--compare", files, "--compare", models["two"]))
     assert found[files.split(",")[0], "features, BN+CReLU"]["num_features"] == 2
-    assert len(found) == 4  # models have their own bn_crelu_feat
+    for name in ("bigbigan-tiny", models["two"]):
+        assert found[name, "avepool_feat, BN+CReLU"]["num_features"] == 64
+    assert len(found) == 6
 
 
 def test_untrained_networks_are_those_that_training_begins_with(tmp_path: Path, data: Path) -> None:
@@ -193,7 +197,7 @@ def test_the_papers_protocol(tmp_path: Path, data: Path, models: dict[str, str],
     compared = ("--compare", "pixels", "--crelu", "--workers", 1, "--ema", 0.9)
     found = linear(tmp_path, data, models["one"], *options, *compared)
     table = rows(found)
-    assert len(table) == 3 and table["raw pixels", "pixels, BN+CReLU"]["num_features"] == 6144
+    assert len(table) == 4 and table["raw pixels", "pixels, BN+CReLU"]["num_features"] == 6144
     assert table["raw pixels", "pixels, BN+CReLU"]["accuracy"] > 0.9  # brightness
     for row in table.values():
         assert row["n_train"] == 75 and list(row["holdout_accuracy"]) == ["0.01", "0.1"] and row["lr"] in (0.01, 0.1)
@@ -290,7 +294,8 @@ def test_knn_names_what_does_not_fit(
     [
         (["--labels", "2"], "a share of labels is 2.0; give numbers above 0, at most 1"),
         (["--holdout", "90"], "holdout is 90; of 90 training rows, hold out 1 to 89"),
-        (["--protocol", "paper", "--lr", "-1"], "lrs"),
+        (["--protocol", "paper", "--holdout", "40", "--labels", "0.1"], "holdout is 40; of 9 training rows"),
+        (["--compare", "pca:91"], "pca:91 of 90 images of 3072 pixels; give 1 to 90"),
         (
             ["--protocol", "paper", "--compare", "file:{d}/train.npy,{d}/test.npy"],
             "no images to augment; add --augment none",
@@ -302,15 +307,35 @@ def test_linear_names_what_does_not_fit(
     data: Path,
     models: dict[str, str],
     capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
     arguments: list[str],
     message: str,
 ) -> None:
+    monkeypatch.setattr("bigbigan.commands.comparison._computed", None)  # all is told before anything is computed
     np.save(tmp_path / "train.npy", np.ones((90, 2)))
     np.save(tmp_path / "test.npy", np.ones((18, 2)))
     arguments = [argument.replace("{d}", str(tmp_path)) for argument in arguments]
     command = ["evaluate", "linear", "--data", str(data), "--model", models["one"], "--steps", "2", "--quiet"]
     assert main([*command, *arguments]) == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_supervised_networks_need_decoded_images(
+    data: Path, models: dict[str, str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bigbigan.commands.comparison._computed", None)
+    monkeypatch.setattr("bigbigan.training.sources.ImageDataset.decoded_bytes", lambda *_: 1 << 40)
+    assert main([*knn_options(models["one"]), "--data", str(data), "--compare", "supervised"]) == 2
+    assert "90 images of 32 pixels take 1024.0 GiB decoded" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("option", "value"), [("--l2", "0"), ("--lr", "-1"), ("--lr", "inf"), ("--ema", "1")])
+def test_settings_are_checked_before_anything_is_opened(
+    option: str, value: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["evaluate", "linear", "--data", "nowhere", option, value])
+    assert stopped.value.code == 2 and f"argument {option}: {value} is not" in capsys.readouterr().err
 
 
 def test_weights_that_give_nan_are_named(

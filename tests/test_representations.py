@@ -9,9 +9,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pyarrow
 import pytest
 import torch
 from PIL import Image
+from pyarrow import parquet
 from safetensors.numpy import save_file
 from torch import Tensor, nn
 
@@ -214,6 +216,18 @@ def test_hugging_face_models_that_cannot_be_used(transformers: SimpleNamespace) 
     transformers.settings["size"] = {"height": 28, "width": 32}
     with pytest.raises(ValueError, match="only squares"):
         huggingface_features("org/vit")
+    transformers.settings["size"] = 28
+    for key, value, message in (
+        ("do_rescale", False, "has do_rescale False; only colours in"),
+        ("do_color_quantize", True, "has do_color_quantize True"),
+        ("image_mean", None, "names no image_mean"),
+    ):
+        before = dict(transformers.settings)
+        transformers.settings[key] = value
+        with pytest.raises(ValueError, match=message):
+            huggingface_features("org/vit")
+        transformers.settings.clear()
+        transformers.settings |= before
 
 
 @pytest.mark.parametrize("library", ["timm", "transformers"])
@@ -304,6 +318,9 @@ def bad_files(folder: Path) -> Iterator[tuple[Path, str]]:
         yield folder / f"nan{suffix}", rf"nan{suffix}: clip: row 3 \(from 0\) holds NaN"
     np.save(folder / "flat.npy", np.ones(5))
     yield folder / "flat.npy", r"features is float64 \[5\]; expected numbers \[N, D\]"
+    for name, rows in (("ragged", [[1.0, 2.0]] * 4 + [[1.0, 2.0, 3.0, 4.0]]), ("absent", [[1.0, 2.0]] * 4 + [None])):
+        parquet.write_table(pyarrow.table({"clip": rows}), folder / f"{name}.parquet")
+        yield folder / f"{name}.parquet", r"lists of column clip have \[2, .*\] values; give each row as many"
     np.savez(folder / "empty.npz", paths=np.array(["a"]))
     yield folder / "empty.npz", "empty.npz holds no features"
     for name in ("torn.npz", "torn.npy", "torn.safetensors", "torn.parquet"):

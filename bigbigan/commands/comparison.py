@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from bigbigan.commands.options import choose_device, names, positive
+from bigbigan.commands.records import check_classes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,7 +27,8 @@ COMPARE = """\
 SPEC of --compare, each a row (or several) of the same table:
   pixels, pca:64       the model's input, and its 64 principal components over the training split
   untrained            the model's architecture before training, with initial and with estimated statistics
-  supervised[:EPOCHS]  a small network trained on all training labels: last hidden layer, and own accuracy
+  supervised[:EPOCHS]  a small network trained on all training labels, whatever --labels: last hidden layer, and
+                       own accuracy
   timm:NAME            a pretrained encoder of timm
   hf:ORG/NAME[@REV]    one of transformers: pooled output; with :cls the first token, with :mean that of all
   file:TRAIN,TEST      features in .npz, .npy, .safetensors or .parquet, a row an image, in their order
@@ -72,13 +74,15 @@ def add_feature_options(parser: argparse.ArgumentParser, default: str) -> None:
     parser.add_argument(
         "--crelu",
         action="store_true",
-        help="what is compared also as BN+CReLU, normalised by its training features (models have bn_crelu_feat)",
+        help="features also as BN+CReLU, normalised over this training split; of models avepool_feat, whose own "
+        "bn_crelu_feat is normalised over what they were trained on",
     )
     parser.add_argument(
         "--feature-cache",
         metavar="FOLDER",
-        help="keep features there, and read them piece by piece: for sets larger than the memory, and to compute "
-        "them once (default: in memory, since they may be larger than a home folder should become)",
+        help="keep features there, to compute them once, and read them piece by piece, for sets larger than the "
+        "memory (but logistic regression, which reads them whole). Folders are known by names, sizes and times of "
+        "their files (default: in memory, since features may be larger than a home folder should become)",
     )
     parser.add_argument(
         "--batch-size", type=positive, default=256, metavar="N", help="encoded at a time (default: 256)"
@@ -128,12 +132,8 @@ class Splits:
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.train = _open_labelled(arguments.data, arguments.train_split)
         self.test = _open_labelled(arguments.data, arguments.test_split)
+        check_classes(self.train.labels, arguments.data, arguments.train_split)
         known = set(self.train.labels.tolist())
-        if len(known) < 2:
-            raise ValueError(
-                f"{arguments.data}: all {len(self.train)} images of {arguments.train_split} have the one label "
-                f"{known.pop()}; give images of two classes or more"
-            )
         if unseen := sorted(set(self.test.labels.tolist()) - known):
             raise ValueError(
                 f"{arguments.data}: {arguments.test_split} has labels that {arguments.train_split} lacks: "
@@ -186,23 +186,25 @@ def measured(arguments: argparse.Namespace, model: BigBiGAN, splits: Splits) -> 
     specs: list[Spec] = [*arguments.compare, *([("untrained", ""), ("pixels", "")] if arguments.baselines else [])]
     own = model_features(model, arguments.features, batch_size=arguments.batch_size)
     opened = [_open(kind, rest, arguments, model, splits) for kind, rest in dict.fromkeys(specs)]
-    yield _computed(own, arguments, splits)
+    first = _computed(own, arguments, splits)
+    yield _with_crelu(first, "model") if arguments.crelu else first
     for (kind, _), rows in zip(dict.fromkeys(specs), opened, strict=True):
         for found in rows():
-            if arguments.crelu and kind not in ("model", "untrained"):
-                _add_crelu(found)
-            yield found
+            yield _with_crelu(found, kind) if arguments.crelu else found
 
 
-def _add_crelu(found: Measured) -> None:
+def _with_crelu(found: Measured, kind: str) -> Measured:
+    """Of a model only avepool_feat has it: bn_crelu_feat is that already, by statistics of what it was trained on."""
     from bigbigan.evaluation.rows import StoredRows, fit_bn_crelu
 
-    for output in list(found.train):
+    model = kind in ("model", "untrained")
+    for output in [name for name in found.train if not model or name == "avepool_feat"]:
         function, name = fit_bn_crelu(found.train[output]), f"{output}, BN+CReLU"
         found.derived[name] = output, function
         for rows in (found.train, found.test):
             before = rows[output]
             rows[name] = before.map(function) if isinstance(before, StoredRows) else function(before)
+    return found
 
 
 def _computed(
@@ -229,12 +231,19 @@ def _open(
     from bigbigan import hub
     from bigbigan.evaluation.adapters import huggingface_features, timm_features
     from bigbigan.evaluation.linear_probe import check_width
-    from bigbigan.evaluation.representations import model_features, pixels
+    from bigbigan.evaluation.representations import check_components, model_features, pixels
 
     config, channels = model.config.preprocess, model.config.image_channels
     if kind == "file":
+        if getattr(arguments, "probe", None) == "paper" and arguments.augment != "none":
+            raise ValueError(f"file:{rest} has features only, and no images to augment; add --augment none")
         found = _files(rest, arguments, splits)
         return lambda: iter([found])
+    if kind == "pca":
+        check_components(int(rest), len(splits.train), channels * config.resolution**2)
+    if kind == "supervised":
+        for dataset in (splits.train, splits.test):
+            dataset.check_decoded_bytes(config, channels)
     if kind in ("untrained", "pca", "supervised"):
         make = {"untrained": _untrained, "pca": _pca, "supervised": _supervised}[kind]
         return lambda: make(rest, arguments, model, splits)
@@ -324,17 +333,18 @@ def _supervised(epochs: str, arguments: argparse.Namespace, model: BigBiGAN, spl
 
     config, channels = model.config.preprocess, model.config.image_channels
     train, test = (splits.images(part, config, channels).decoded for part in ("train", "test"))
+    number = int(epochs or 8)
     classifier = train_classifier(
         train.to(model.device),
         splits.train.labels,
         num_classes=int(splits.train.labels.max()) + 1,
-        epochs=int(epochs or 8),
+        epochs=number,
         seed=arguments.seed,
         progress=not arguments.quiet,
     )
     trunk = nn.Sequential(*list(classifier)[:-1])
     half = (0.5,) * channels
     features = module_features(
-        trunk, config, mean=half, std=half, name="supervised network", output="last hidden layer"
+        trunk, config, mean=half, std=half, name=f"supervised network, {number} epochs", output="last hidden layer"
     )
     yield _computed(features, arguments, splits, classifier_accuracy(classifier, test, splits.test.labels))

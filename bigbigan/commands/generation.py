@@ -138,8 +138,17 @@ def _origin(arguments: argparse.Namespace, model: BigBiGAN | None, samples: Imag
     return {
         "samples": (model and model.info.name) or "model",
         "truncation": "none" if truncation is None else f"{truncation:g}, {mode}",
-        "weights": "EMA, standing statistics",  # what model folders hold
+        "weights": _weights(model),
     }
+
+
+def _weights(model: BigBiGAN | None) -> str:
+    """What the model folder says of its weights; those of others, and of untrained models, it does not know."""
+    training = model.info.provenance.get("training") if model else None
+    halflife = training.get("ema_halflife_images") if isinstance(training, dict) else None
+    if halflife is None:
+        return "as in the model folder"
+    return ("EMA" if halflife else "of the last step, no EMA") + ", standing statistics"
 
 
 def _text(value: Any) -> str:

@@ -85,6 +85,15 @@ def positive(text: str) -> int:
 positive.__name__ = "whole number"  # argparse names it: "invalid whole number value"
 
 
+def positive_number(text: str) -> float:
+    if not 0 < (number := float(text)) < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
+    return number
+
+
+positive_number.__name__ = "number"
+
+
 def names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",")]
 

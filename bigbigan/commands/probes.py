@@ -8,7 +8,15 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from bigbigan.commands.comparison import COMPARE, Measured, Splits, add_feature_options, measured
-from bigbigan.commands.options import Commands, add_command, add_model_options, markdown_table, open_model, positive
+from bigbigan.commands.options import (
+    Commands,
+    add_command,
+    add_model_options,
+    markdown_table,
+    open_model,
+    positive,
+    positive_number,
+)
 from bigbigan.commands.records import DATA, ENDING, add_data_options, make_record, print_record
 
 if TYPE_CHECKING:
@@ -50,7 +58,7 @@ def add_linear(protocols: Commands) -> None:
     group = parser.add_argument_group("--protocol logistic")
     group.add_argument(
         "--l2",
-        type=float,
+        type=positive_number,
         nargs="+",
         default=[1e-1, 1e-2, 1e-3, 1e-4, 1e-5],
         metavar="L2",
@@ -60,10 +68,19 @@ def add_linear(protocols: Commands) -> None:
     add_model_options(parser)
 
 
+def _decay(text: str) -> float:
+    if not 0 <= (decay := float(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not from 0 to below 1")
+    return decay
+
+
+_decay.__name__ = "decay"
+
+
 def _add_paper_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--lr",
-        type=float,
+        type=positive_number,
         nargs="+",
         default=[1e-4, 3e-4, 1e-3, 3e-3, 1e-2],
         metavar="LR",
@@ -74,7 +91,7 @@ def _add_paper_options(group: argparse._ArgumentGroup) -> None:
         "--probe-batch-size", type=positive, default=2048, metavar="N", help="(default: %(default)s) [open]"
     )
     group.add_argument(
-        "--ema", type=float, default=0.9999, metavar="DECAY", help="of the classifier's weights (default: %(default)s)"
+        "--ema", type=_decay, default=0.9999, metavar="DECAY", help="of the classifier's weights (default: %(default)s)"
     )
     group.add_argument(
         "--augment",
@@ -107,13 +124,16 @@ def add_knn(protocols: Commands) -> None:
 
 
 def _linear(arguments: argparse.Namespace) -> int:
-    from bigbigan.evaluation.linear_probe import labelled_subset
+    from bigbigan.evaluation.linear_probe import check_holdout, labelled_subset
 
     model = open_model(arguments, ("encoder",))
     splits = Splits(arguments)
     shares = [
         (share, labelled_subset(splits.train.labels, share, seed=arguments.seed)) for share in arguments.labels or [1.0]
     ]
+    if arguments.probe == "paper" or len(arguments.l2) > 1:
+        for _, rows in shares:
+            check_holdout(_holdout(arguments, len(rows)), len(rows))
     probe = {"logistic": _logistic, "paper": _paper}[arguments.probe]
     results, found = [], []
     for one in measured(arguments, model, splits):
@@ -200,9 +220,6 @@ def _paper(
 ) -> dict[str, dict[str, Any]]:
     from bigbigan.evaluation.rows import select
     from bigbigan.evaluation.sgd_probe import paper_probe
-
-    if arguments.augment != "none" and one.representation is None:
-        raise ValueError(f"{one.name} has features only, and no images to augment; add --augment none")
 
     def augmented(fit: Tensor) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
         return _augmented(arguments, splits, one, rows[fit])
@@ -291,6 +308,7 @@ def _knn(arguments: argparse.Namespace) -> int:
         "vote": "majority, ties to the smallest label",
         "k": arguments.k,
         "metric": arguments.metric,
+        "seed": arguments.seed,
     }
     _print(arguments, columns, model, protocol, splits, results, found)
     return 0

@@ -20,7 +20,7 @@ from bigbigan.commands.options import (
     positive,
     set_threads,
 )
-from bigbigan.commands.records import DATA, ENDING, add_data_options, make_record, print_record
+from bigbigan.commands.records import DATA, ENDING, add_data_options, check_classes, make_record, print_record
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -83,15 +83,17 @@ def _reconstruction(arguments: argparse.Namespace) -> int:
     for split, dataset in ((arguments.train_split, train), (arguments.test_split, test)):
         if (dataset.labels < 0).any():
             raise ValueError(f"{arguments.data} has images without a label in {split!r}; the classifier needs labels")
+    check_classes(train.labels, arguments.data, arguments.train_split)
     what = _given(arguments, test) if arguments.reconstructions else _modelled(arguments)
     train_x, test_x = (dataset.decode_all(what.preprocess, what.channels) for dataset in (train, test))
     classes = max(len(train.class_names), int(train.labels.max()) + 1)
-    settings = {"epochs": arguments.epochs, "flip": arguments.flip, "seed": arguments.seed}
+    settings = {"epochs": arguments.epochs, "flip": arguments.flip}
     classifier = train_classifier(
         pooled(train_x, what.side).to(what.model.device if what.model else choose_device(arguments.device)),
         train.labels,
         num_classes=classes,
         progress=not arguments.quiet,
+        seed=arguments.seed,
         **settings,
     )
     result = reconstruction_report(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import shlex
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -38,7 +39,16 @@ def add_data_options(parser: argparse.ArgumentParser, *, train: bool = True) -> 
 
 
 def add_record_option(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", metavar="FILE", help="write the record there instead of printing it")
+    parser.add_argument(
+        "--json", type=_record_path, metavar="FILE", help="write the record there instead of printing it"
+    )
+
+
+def _record_path(text: str) -> str:
+    """Before hours of work what would end in an error after them."""
+    if Path(text).is_dir() or not Path(text).absolute().parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} is a folder, or in none; name a file in a folder that is there")
+    return text
 
 
 def load_split(arguments: argparse.Namespace, split: str, model: BigBiGAN) -> tuple[ImageDataset, Tensor]:
@@ -47,6 +57,18 @@ def load_split(arguments: argparse.Namespace, split: str, model: BigBiGAN) -> tu
 
     dataset = open_dataset(arguments.data, split=split)
     return dataset, dataset.decode_all(model.config.preprocess, model.config.image_channels)
+
+
+def check_classes(labels: Tensor, path: str, split: str) -> None:
+    """
+    Raises:
+        ValueError: all labels are one.
+    """
+    if len(labels.unique()) < 2:
+        raise ValueError(
+            f"{path}: all {len(labels)} images of {split} have the one label {int(labels[0])}; give images of two "
+            "classes or more"
+        )
 
 
 def make_record(

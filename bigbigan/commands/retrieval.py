@@ -38,9 +38,11 @@ def add_retrieval(protocols: Commands) -> None:
         "nearest images by features: a picture, and precision@k where there are labels\n\n"
         "Finds for each query the nearest images of a split, exactly. Queries are image files, another split\n"
         "(--query-split), or without either the images of the split themselves. A query that is in the split is left\n"
-        "out of its own neighbours. The picture has a row a query: the query, then its neighbours, nearest first.\n\n"
+        "out of its own neighbours. The picture has a row a query: the query, then its neighbours, nearest first. The\n"
+        f"record names the neighbours of the first {LISTED} queries.\n\n"
         "Features come from --model, or of the split from a file that `bigbigan encode` wrote (--features): then\n"
-        "--data is the folder that was encoded, and the class of an image is its first folder.\n" + DATA,
+        "--data is the folder that was encoded, and the class of an image is its first folder. They may be any\n"
+        "encoder's, unless there are QUERY files, which --model encodes.\n" + DATA,
         "Example: bigbigan evaluate retrieval cat.jpg dog.jpg --data photos/ -o neighbours.png\n"
         "         bigbigan evaluate retrieval --data data/fashion_mnist --query-split test --k 1 10\n" + ENDING,
     )
@@ -86,13 +88,16 @@ def _retrieval(arguments: argparse.Namespace) -> int:
     if arguments.features and arguments.query_split:
         raise ValueError("--features holds one set of images; give QUERY files, or none")
     model = open_model(arguments, ("encoder",))
-    gallery = _stored(arguments, model) if arguments.features else _split(arguments, model, arguments.split)
+    encoder = None if arguments.features and not arguments.queries else model  # of the features
+    gallery = (
+        _stored(arguments, model) if arguments.features else _split(arguments, model, arguments.split, max(arguments.k))
+    )
     if arguments.queries:
         queries, own = _files(arguments, model, gallery)
     elif arguments.query_split:
         queries = _split(arguments, model, arguments.query_split)
-        same = queries.facts["digest"] == gallery.facts["digest"]
-        own = torch.arange(len(queries.rows)) if same else torch.full((len(queries.rows),), -1)
+        known = {gallery.name(index): index for index in range(len(gallery.rows))}
+        own = torch.tensor([known.get(queries.name(index), -1) for index in range(len(queries.rows))])
     else:
         queries, own = gallery, torch.arange(len(gallery.rows))
     ks, progress = sorted(set(arguments.k)), not arguments.quiet
@@ -100,10 +105,11 @@ def _retrieval(arguments: argparse.Namespace) -> int:
     distances, indices = retrieve(
         gallery.rows, queries.rows, max(ks), metric=arguments.metric, own=left_out, progress=progress
     )
-    row = {"representation": model.info.name or "model", "feature": arguments.feature, "metric": arguments.metric}
+    name = Path(arguments.features).name if encoder is None else encoder.info.name or "model"
+    row = {"representation": name, "feature": arguments.feature, "metric": arguments.metric}
     rows: list[dict[str, Any]] = [{**row, "num_queries": len(queries.rows)}]
     labelled = queries.labels >= 0
-    if labelled.any() and (gallery.labels >= 0).all():
+    if labelled.any() and len(gallery.labels.unique()) > 1 and (gallery.labels >= 0).all():
         found = precision_at(indices[labelled], gallery.labels, queries.labels[labelled], ks)
         rows = [{**row, "k": k, "precision": value, "num_queries": int(labelled.sum())} for k, value in found.items()]
     rows[0]["neighbours"] = [
@@ -123,14 +129,14 @@ def _retrieval(arguments: argparse.Namespace) -> int:
         "search": "exact",
         "query": "among its neighbours" if arguments.keep_query else "left out of its neighbours",
     }
-    record = make_record(model, protocol, gallery=gallery.facts, queries=queries.facts, results=rows)
+    record = make_record(encoder, protocol, gallery=gallery.facts, queries=queries.facts, results=rows)
     print_record(arguments, markdown_table(header, cells), record)
     if arguments.output:
         _save_picture(arguments, gallery, queries, indices)
     return 0
 
 
-def _split(arguments: argparse.Namespace, model: BigBiGAN, split: str) -> _Images:
+def _split(arguments: argparse.Namespace, model: BigBiGAN, split: str, neighbours: int = 0) -> _Images:
     import torch
     from tqdm import tqdm
 
@@ -138,6 +144,8 @@ def _split(arguments: argparse.Namespace, model: BigBiGAN, split: str) -> _Image
     from bigbigan.training.sources import open_dataset
 
     dataset = open_dataset(arguments.data, split=split)
+    if neighbours > len(dataset):
+        raise ValueError(f"--k {neighbours}: there are {len(dataset)} images in {split}; give that many at most")
     config, channels, name = model.config.preprocess, model.config.image_channels, arguments.feature
     with tqdm(total=len(dataset), desc=split, unit="img", disable=True if arguments.quiet else None) as bar:
         parts = []
@@ -181,17 +189,30 @@ def _files(arguments: argparse.Namespace, model: BigBiGAN, gallery: _Images) -> 
     files = list(map(Path, arguments.queries))
     images = _read(model, files)
     rows = model.encode(images.float() / 127.5 - 1, seed=0)[arguments.feature].float().cpu()
-    if rows.shape[1] != gallery.rows.shape[1]:
-        raise ValueError(
-            f"{arguments.features} has {gallery.rows.shape[1]} values a row and the model gives {rows.shape[1]}: "
-            "name the --model that wrote it"
-        )
+    if arguments.features:
+        _check_encoder(arguments, model, gallery)
     known = {_where(arguments, gallery.name(index)): index for index in range(len(gallery.rows))}
     own = torch.tensor([known.get(file.resolve(), -1) for file in files])
     labels = torch.where(own >= 0, gallery.labels[own], -1)
     digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
     facts = {"digest": digest, "images": len(files)}
     return _Images(rows, labels, lambda index: str(files[index]), lambda indices: images[list(indices)], facts), own
+
+
+def _check_encoder(arguments: argparse.Namespace, model: BigBiGAN, gallery: _Images) -> None:
+    """That --model wrote --features: it encodes the first image again (z_sample, whose noise may differ, by width)."""
+    import torch
+
+    first = model.encode(gallery.draw([0]).float() / 127.5 - 1, seed=0)[arguments.feature].float().cpu()
+    same = first.shape[1] == gallery.rows.shape[1]
+    if same and arguments.feature != "z_sample":
+        same = torch.allclose(first, gallery.rows[:1], rtol=1e-2, atol=1e-2)
+    if not same:
+        name = model.info.name or "the model"
+        raise ValueError(
+            f"{arguments.features}: the {arguments.feature} of {gallery.name(0)} is not what {name} gives for that "
+            "image; name the --model that wrote the file"
+        )
 
 
 def _where(arguments: argparse.Namespace, name: str) -> Path:

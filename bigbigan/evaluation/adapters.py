@@ -125,7 +125,14 @@ def _processing(
     if not math.isclose(settings.get("rescale_factor", 1 / 255), 1 / 255):
         raise ValueError(f"{name}: its image processor scales values by {settings['rescale_factor']}, not by 1 / 255")
     mean, std = [0.0] * 3, [1.0] * 3
+    for key, wanted in (("do_rescale", True), ("do_color_quantize", False)):
+        if settings.get(key, wanted) is not wanted:
+            raise ValueError(
+                f"{name}: its image processor has {key} {settings[key]}; only colours in [0, 1] can be given"
+            )
     if settings.get("do_normalize", True):
+        if None in (settings.get("image_mean"), settings.get("image_std")):
+            raise ValueError(f"{name}: its image processor normalises, but names no image_mean or no image_std")
         mean, std = list(settings["image_mean"]), list(settings["image_std"])
     resample = int(settings.get("resample", 2))
     if resample not in _FILTERS:

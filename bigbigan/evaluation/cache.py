@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -21,6 +22,8 @@ from bigbigan.evaluation.representations import Representation
 from bigbigan.evaluation.rows import Rows, StoredRows
 from bigbigan.files import atomic_write, sync
 from bigbigan.schema import to_dict
+
+logger = logging.getLogger(__name__)
 
 MAX_BYTES = 8 << 30  # of features in memory
 PIECE_ROWS = 1024  # what a kill may cost
@@ -160,6 +163,8 @@ class _Store:
     def __init__(self, folder: Path, output: str, number: int) -> None:
         self.output, self.number = output, number
         stem = re.sub(r"\W", "_", output)
+        if stem != output:  # two names may become one
+            stem += "-" + hashlib.sha256(output.encode()).hexdigest()[:8]
         self.path, self._partial, self._facts = (folder / f"{stem}{end}" for end in (".npy", ".npy.partial", ".json"))
         facts: dict[str, Any] = {"rows": 0, "replaced": []}
         if self._facts.exists() and (self.path.exists() or self._partial.exists()):
@@ -196,13 +201,17 @@ class _Store:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Held by one process at a time, where the system has such locks; a kill frees it."""
+    """Held by one process at a time; a kill frees it. Where the system or its file system has no locks, it warns."""
     folder.mkdir(parents=True, exist_ok=True)
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        yield
-        return
     with open(folder / "lock", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            import fcntl
+
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                logger.warning("waiting for another process that computes the features in %s", folder)
+                fcntl.flock(file, fcntl.LOCK_EX)
+        except (ImportError, OSError) as error:  # no fcntl on Windows
+            logger.warning("%s cannot be locked (%s): let no other process compute the same features", folder, error)
         yield

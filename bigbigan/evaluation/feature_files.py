@@ -171,7 +171,7 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
 
 def _read_parquet(path: Path) -> dict[str, Any]:
     try:
-        import pyarrow
+        import pyarrow.compute
         from pyarrow import parquet
     except ImportError as error:
         raise ImportError(f"reading {path} needs pyarrow: pip install 'bigbigan[eval]'") from error
@@ -186,6 +186,9 @@ def _read_parquet(path: Path) -> dict[str, Any]:
             continue
         if not (pyarrow.types.is_fixed_size_list(column.type) or pyarrow.types.is_list(column.type)):
             raise ValueError(f"column {name} is {column.type}; expected lists of numbers")
+        lengths = pyarrow.compute.list_value_length(column).unique().to_pylist()
+        if len(lengths) > 1 or None in lengths:
+            raise ValueError(f"lists of column {name} have {lengths[:5]} values; give each row as many")
         found[name] = column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), -1)
     return found
 

@@ -249,7 +249,8 @@ def classifier_score(logits: Tensor, *, splits: int = 10, seed: int = 0) -> tupl
     metric.update(logits.double())
     with _seeded(seed):
         mean, deviation = metric.compute()
-    return float(mean), None if splits == 1 else float(deviation)
+    # torchmetrics divides by splits - 1; Inception Scores have been quoted with NumPy's deviation.
+    return float(mean), None if splits == 1 else float(deviation) * ((splits - 1) / splits) ** 0.5
 
 
 def check_splits(count: int, splits: int) -> None:

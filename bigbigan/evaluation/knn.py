@@ -85,6 +85,8 @@ def nearest(
         raise ValueError(f"metric is {metric!r}; choose {' or '.join(METRICS)}")
     if len(rows.shape) != 2 or len(queries.shape) != 2 or rows.shape[1] != queries.shape[1] or not 1 <= k <= len(rows):
         raise ValueError(f"rows are {list(rows.shape)}, queries {list(queries.shape)}, k is {k}; they do not fit")
+    if torch.device(device).type == "mps":
+        device = "cpu"  # the other has no float64
     center: Tensor | float = 0.0
     if metric == "l2":
         # Keeps |a|^2 + |b|^2 - 2 a.b from cancelling; of few bits, so that equal distances of plain numbers stay equal.
@@ -155,7 +157,7 @@ def _ranked(queries: Tensor, rows: Rows, index: Tensor, metric: str) -> tuple[Te
     piece = max(1, PIECE // (index.shape[1] * queries.shape[1]))
     distances = []
     for some, wanted in zip(queries.double().split(piece), index.split(piece), strict=True):
-        near = rows[wanted.flatten()].to(queries.device).double().view(*wanted.shape, -1)
+        near = rows[wanted.flatten().cpu()].to(queries.device).double().view(*wanted.shape, -1)
         if metric == "cosine":
             near, some = near / near.norm(dim=2, keepdim=True), some / some.norm(dim=1, keepdim=True)
         distances.append(torch.linalg.vector_norm(near.sub_(some[:, None]), dim=2))

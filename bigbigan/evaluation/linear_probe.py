@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -262,6 +263,21 @@ def check_width(number: int, width: int) -> None:
             f"logistic regression on {number} rows of {width} features needs {MAX_WIDTH} at most of either: take "
             "fewer features, as their principal components, or the paper's protocol"
         )
+    needed, memory = 12 * number * width, memory_bytes()  # float32: the rows, the part fitted on, and it standardised
+    if memory and needed > memory:
+        raise ValueError(
+            f"logistic regression on {number} rows of {width} features takes {needed / 2**30:.1f} GiB of this "
+            f"machine's {memory / 2**30:.1f}: take fewer of them, or the paper's protocol on features that are not "
+            "augmented (--protocol paper --augment none)"
+        )
+
+
+def memory_bytes() -> int:
+    """Of the machine; 0 where the system does not tell."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError):  # Windows
+        return 0
 
 
 def labelled_subset(labels: Tensor, fraction: float, *, seed: int = 0) -> Tensor:

@@ -241,11 +241,11 @@ def _check(images: Tensor, labels: Tensor, num_classes: int) -> None:
 
 
 def _sum_of_means(per_pixel: Tensor) -> float:
-    return per_pixel.flatten(1).mean(1, dtype=torch.float64).sum().item()
+    return per_pixel.flatten(1).cpu().mean(1, dtype=torch.float64).sum().item()
 
 
 def _sum_of_norms(rows: Tensor) -> float:
-    return rows.flatten(1).double().norm(dim=1).sum().item()
+    return rows.flatten(1).cpu().double().norm(dim=1).sum().item()
 
 
 def _ratio(value: float, reference: float) -> float:

@@ -172,16 +172,14 @@ def principal_components(
         ValueError: more components than pixels or images, or too many pixels for their covariance.
     """
     width = channels * preprocess.resolution**2
-    if width > MAX_PCA_PIXELS:
-        raise ValueError(f"pca of {width} pixels needs a {width} x {width} matrix; {MAX_PCA_PIXELS} pixels at most")
+    check_components(1, 1, width)
     count, total = 0, torch.zeros(width, dtype=torch.float64)
     gram = torch.zeros(width, width, dtype=torch.float64)
     for batch in batches:
         x = batch.flatten(1).double() - 127.5  # exact in float64 however many are added
         count, total = count + len(x), total + x.sum(0)
         gram.addmm_(x.T, x)
-    if not 1 <= components <= min(width, count):
-        raise ValueError(f"pca:{components} of {count} images of {width} pixels; give 1 to {min(width, count)}")
+    check_components(components, count, width)
     mean = total / count
     _, vectors = torch.linalg.eigh(gram / count - mean.outer(mean))
     basis, center = vectors[:, -components:].flip(1), mean / 127.5
@@ -193,6 +191,17 @@ def principal_components(
         digest=_sha256(["pca", components, data_digest, to_dict(preprocess), channels]),
         output=f"{components} principal components",
     )
+
+
+def check_components(components: int, count: int, width: int) -> None:
+    """
+    Raises:
+        ValueError: `count` images of `width` pixels have no such number of principal components, or too many pixels.
+    """
+    if width > MAX_PCA_PIXELS:
+        raise ValueError(f"pca of {width} pixels needs a {width} x {width} matrix; {MAX_PCA_PIXELS} pixels at most")
+    if not 1 <= components <= min(width, count):
+        raise ValueError(f"pca:{components} of {count} images of {width} pixels; give 1 to {min(width, count)}")
 
 
 def _sha256(what: Any) -> str:

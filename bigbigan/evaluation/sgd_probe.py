@@ -141,6 +141,8 @@ class StackedClassifiers:
         right = torch.zeros(len(self.lrs), dtype=torch.long)
         done = 0
         for rows in chunks(x):
+            if not rows.isfinite().all():
+                raise ValueError(f"features hold NaN or infinity between rows {done} and {done + len(rows)}")
             target, done = y[done : done + len(rows)], done + len(rows)
             wide = rows.to(self.weight).expand(len(self.lrs), -1, -1)
             found = torch.baddbmm(self.average[1][:, None], wide, self.average[0]).topk(k, dim=2).indices.cpu()

@@ -173,13 +173,20 @@ class ImageDataset:
         Raises:
             ValueError: they take more than `max_bytes`, or more than `max_bad_fraction` of them are unreadable.
         """
+        self.check_decoded_bytes(config, channels, max_bytes)
+        return self.decode(range(len(self)), config, channels, workers=workers)
+
+    def check_decoded_bytes(self, config: PreprocessConfig, channels: int, max_bytes: int = MAX_BYTES) -> None:
+        """
+        Raises:
+            ValueError: all images, decoded, take more.
+        """
         size = self.decoded_bytes(config, channels)
         if size > max_bytes:
             raise ValueError(
                 f"{len(self)} images of {config.resolution} pixels take {size / 2**30:.1f} GiB decoded, "
                 f"more than {max_bytes / 2**30:.1f}; decode them on demand, at a lower resolution, or fewer"
             )
-        return self.decode(range(len(self)), config, channels, workers=workers)
 
     def decoded_bytes(self, config: PreprocessConfig, channels: int) -> int:
         return math.prod((len(self), channels, config.resolution, config.resolution))
