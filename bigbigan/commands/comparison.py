@@ -27,8 +27,8 @@ COMPARE = """\
 SPEC of --compare, each a row (or several) of the same table:
   pixels, pca:64       the model's input, and its 64 principal components over the training split
   untrained            the model's architecture before training, with initial and with estimated statistics
-  supervised[:EPOCHS]  a small network trained on all training labels, whatever --labels: last hidden layer, and
-                       own accuracy
+  supervised[:EPOCHS]  a small network trained on all training labels, whatever --labels says: its last hidden
+                       layer, and its own accuracy
   timm:NAME            a pretrained encoder of timm
   hf:ORG/NAME[@REV]    one of transformers: pooled output; with :cls the first token, with :mean that of all
   file:TRAIN,TEST      features in .npz, .npy, .safetensors or .parquet, a row an image, in their order
