@@ -19,7 +19,7 @@ from bigbigan.presets import PRESETS
 from bigbigan.schema import ConfigError
 from bigbigan.training.config import TrainConfig
 from bigbigan.training.export import inference_model
-from bigbigan.training.finetuning import load_model
+from bigbigan.training.finetuning import _left_vector, load_model
 from bigbigan.training.step import TrainingState
 
 
@@ -123,3 +123,15 @@ def test_a_snapshot_of_step_0_is_the_model() -> None:
     images = torch.zeros(4, 1, 32, 32, dtype=torch.uint8)
     for name, parameter in inference_model(state, images).named_parameters():
         assert torch.allclose(parameter, dict(model.named_parameters())[name], atol=2e-6), name
+
+
+@pytest.mark.parametrize("shape", [(7, 40), (40, 7), (24_576, 20)])
+@pytest.mark.parametrize("norm", [1.0, 1.02])
+def test_a_step_from_u_estimates_spectral_norm_one(shape: tuple[int, int], norm: float) -> None:
+    draws = torch.Generator().manual_seed(0)
+    left, right = (torch.linalg.qr(torch.randn(n, 5, generator=draws, dtype=torch.float64))[0] for n in shape)
+    weight = left @ torch.diag(torch.tensor([norm, 0.9, 0.6, 0.3, 0.1], dtype=torch.float64)) @ right.t()
+    u = _left_vector(weight, "layer")
+    v = torch.nn.functional.normalize(u @ weight, dim=1)
+    assert u.shape == (1, shape[0]) and u.norm().item() == pytest.approx(1)
+    assert (weight @ v.t()).norm().item() == pytest.approx(1, abs=1e-6)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bigbigan.layers import ConditionLinear, SpectralNorm
@@ -64,15 +65,20 @@ def _left_vector(matrix: Tensor, name: str) -> Tensor:
     Its spectral norm may be a little larger than 1 if it was divided by an estimate; then `u` leans aside, so that
     sum c^2 s^4 = sum c^2 s^2 over its coordinates c along the singular vectors.
     """
-    squares, vectors = torch.linalg.eigh(matrix @ matrix.t())  # ascending
+    tall = matrix.shape[0] > matrix.shape[1]  # as G's first layer: 24,576 x 20, whose other product takes 5 GB
+    squares, vectors = torch.linalg.eigh(matrix.t() @ matrix if tall else matrix @ matrix.t())  # ascending
+
+    def left(i: int) -> Tensor:
+        return F.normalize(matrix @ vectors[:, i], dim=0) if tall else vectors[:, i]
+
     excess, slack = (squares[-1] ** 2 - squares[-1]).item(), squares - squares**2
     side = int(slack.argmax())
     if abs(squares[-1].item() ** 0.5 - 1) < TOLERANCE:
-        return vectors[:, -1].unsqueeze(0)
+        return left(-1).unsqueeze(0)
     if excess < 0 or slack[side] <= 0:
         raise ConfigError(f"{name}.weight has spectral norm {squares[-1].item() ** 0.5:.4f}, and training makes it 1")
     lean = excess / (excess + slack[side].item())
-    return ((1 - lean) ** 0.5 * vectors[:, -1] + lean**0.5 * vectors[:, side]).unsqueeze(0)
+    return ((1 - lean) ** 0.5 * left(-1) + lean**0.5 * left(side)).unsqueeze(0)
 
 
 def _shared_scale(shared: Tensor, layers: list[tuple[Tensor, Tensor]]) -> float:
