@@ -167,6 +167,8 @@ def test_linear_layers_are_plain_where_kernels_do_not_apply() -> None:
         layer(x.double())
     with torch.no_grad():
         assert layer(x).grad_fn is None
+    jacobian = torch.func.jacrev(layer.eval())(x[0])
+    assert torch.allclose(jacobian, layer.weight)
 
 
 def test_initial_weights_of_its_authors() -> None:

@@ -139,6 +139,8 @@ class Variant:
     def __init__(self, name: str, config: TrainConfig, undo: list[Undo] | None):
         self.name, self.seconds, self.patches = name, [], []
         self.state = TrainingState(config)
+        if config.name == BIGAN:  # its scores begin at zero, whatever is below them: `check` would see nothing
+            nn.init.normal_(self.state.discriminator.score_xz.weight, generator=torch.Generator().manual_seed(0))
         self.standard: StandardTraining | None = None
         if undo is None:
             self.standard = StandardTraining(config, self.state.ema["generator"].decay(NUM_IMAGES, config.batch_size))
