@@ -19,8 +19,8 @@ from PIL import Image
 
 from bigbigan.cli import main
 from bigbigan.presets import PRESETS
-from bigbigan.schema import to_dict
-from bigbigan.training import checkpoint, cost, loop
+from bigbigan.schema import ConfigError, to_dict
+from bigbigan.training import checkpoint, cost, loop, runfolder
 from bigbigan.training.checkpoint import CheckpointError, load_checkpoint
 from bigbigan.training.config import TrainConfig
 from bigbigan.training.data import open_dataset
@@ -135,6 +135,34 @@ def test_a_class_too_rare_to_learn_does_not_end_a_run() -> None:
     assert Monitor(images, labels, dataclasses.replace(config, probe_images=1)).chosen is None  # none to score
 
 
+def test_probes_of_few_labelled_images_take_those_there_are(caplog: pytest.LogCaptureFixture) -> None:
+    images, labels = torch.zeros(40, 3, 32, 32, dtype=torch.uint8), torch.arange(40) % 2
+    config = dataclasses.replace(CONFIG, probe_images=15_000)
+    monitor = Monitor(images, labels, config)
+    assert monitor.chosen is not None and (monitor.fitted, len(monitor.chosen.unique())) == (30, 40)
+    assert "has 40 labelled images: the snapshots' probes fit on 30 and score 10" in caplog.text
+    assert Monitor(images, torch.full((40,), -1), config).chosen is None
+    assert "has 0 labelled images: the snapshots' probes are left out" in caplog.text
+
+
+def test_a_run_of_another_version_goes_on(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whose configuration lacks fields that came later, and which says what may be different."""
+    run = tmp_path / "run"
+    older = {key: value for key, value in to_dict(CONFIG).items() if key not in ("separate_passes", "lr_decay")}
+    with monkeypatch.context() as then:
+        then.setattr(loop, "VERSIONS", {"bigbigan": "0.0.1", "torch": "2.4.0"})
+        then.setattr(runfolder, "to_dict", lambda _: older)
+        train(photos, run, max_minutes=1e-9)
+    assert metrics(train(photos, run)) == metrics(train(photos, tmp_path / "whole"))
+    assert "it was written by {'bigbigan': '0.0.1', 'torch': '2.4.0'}; with {'bigbigan': " in caplog.text
+    assert runfolder.read_run_config(run) == CONFIG
+    assert caplog.text.count("it was written by") == 1
+    with pytest.raises(ConfigError, match=r"train\.lr_decay was 1\.0, now 0\.5"):
+        loop.train(dataclasses.replace(CONFIG, lr_decay=0.5), open_dataset(photos), run)
+
+
 def signal_at(monkeypatch: pytest.MonkeyPatch, step: int, times: int = 1) -> None:
     plain = loop.train_step
 
@@ -165,6 +193,23 @@ def test_a_signal_brings_a_checkpoint_before_the_snapshot_which_is_made_up_for(
     before = (run / "metrics.jsonl").read_bytes()
     train(photos, run)  # finished: nothing to do
     assert (run / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_signal_does_not_wait_for_a_snapshot(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither for the one of its step, nor for one that is made up for."""
+    run = tmp_path / "run"
+
+    def long(*_: Any) -> None:
+        signal.raise_signal(signal.SIGTERM)
+        pytest.fail("the snapshot went on")
+
+    for _ in range(2):
+        monkeypatch.setattr(loop.Monitor, "__call__", long)
+        with pytest.raises(loop.TrainingStopped):
+            train(photos, run)
+        assert steps(run) == [1, 2] and not any((run / "snapshots").iterdir())
+    monkeypatch.undo()
+    assert metrics(train(photos, run)) == metrics(train(photos, tmp_path / "whole"))
 
 
 def test_a_snapshot_that_fails_is_made_again(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

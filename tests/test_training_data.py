@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import logging
+import re
 import sys
 from pathlib import Path
 
@@ -99,7 +100,7 @@ def test_parquet_errors_say_what_was_looked_for(tmp_path: Path, monkeypatch):
     path = write_parquet(tmp_path / "x.parquet", [png(0)], [0])
     with pytest.raises(ValueError, match="no column img; its columns are image, label"):
         open_dataset(path, column="img")
-    with pytest.raises(ValueError, match="no column klass"):
+    with pytest.raises(ValueError, match=r"no column klass.*as in .*x\.parquet\?column=img&label="):
         open_dataset(path, label_column="klass")
     assert open_dataset(path, label_column=None).labels.tolist() == [-1]
     with pytest.raises(ValueError, match="images as int64"):
@@ -121,6 +122,26 @@ def test_a_column_of_plain_bytes(tmp_path: Path):
     parquet.write_table(pyarrow.table({"jpg": [png(3), png(4)]}), tmp_path / "x.parquet")
     data = open_dataset(tmp_path / "x.parquet", column="jpg", label_column=None)
     assert np.array_equal(data.decode_all(PLAIN, 1).numpy(), expected(3, 4))
+
+
+def test_options_behind_a_path_come_before_arguments(tmp_path: Path):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    path, images = tmp_path / "train.parquet", [png(3), b"no image"] * 2
+    parquet.write_table(pyarrow.table({"img": images, "image": [png(5)] * 4, "fine": [7, 8, 9, 6]}), path)
+    options = "?column=img&label=fine&max_bad_fraction=0.5"
+    for where, split in ((f"{path}{options}", "train[:3]"), (f"{tmp_path}{options}", "train[:3]")):
+        data = open_dataset(where, split=split, label_column=None, max_bad_fraction=0)
+        assert np.array_equal(data.decode_all(PLAIN, 1).numpy(), expected(3, 3, 3))
+        assert data.labels.tolist() == [7, 9, 9]  # an unreadable image takes the label of its replacement, too
+    assert open_dataset(f"{path}?column=img&label=").labels.tolist() == [-1] * 4
+    assert open_dataset(f"{path}?column=img&label=").digest != open_dataset(f"{path}?label=").digest
+    odd = tmp_path / "odd?label=fine"
+    odd.mkdir()
+    assert open_dataset(write_images(odd, ["a/1.png"])).labels.tolist() == [0]  # a folder of that very name
+    for bad, message in (("?colum=img", "colum; give NAME?option=value&…, of column, label, max_bad"),
+                         ("?max_bad_fraction=2", "max_bad_fraction is '2'; give a number from 0 to 1")):  # fmt: skip
+        with pytest.raises(ValueError, match=re.escape(message)):
+            open_dataset(f"{path}{bad}")
 
 
 def test_image_folder(tmp_path: Path):

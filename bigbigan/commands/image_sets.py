@@ -182,8 +182,11 @@ def _files(path: str) -> _Stored:
 
 def row_names(data: str, split: str, dataset: ImageDataset) -> list[str]:
     """What each image of a split is called without its suffix: its path in the split's folder, or 000000, 000001, …"""
+    from bigbigan.training.sources import split_options
+
     if not isinstance(dataset.sources[0], Path):
         return [f"{index:06d}" for index in range(len(dataset))]
+    data, _ = split_options(data)
     folder = Path(data) / split.partition("[")[0]
     root = folder if folder.is_dir() else Path(data)
     paths = (Path(dataset.name(index)) for index in range(len(dataset)))

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 DATA = (
     "Data: a folder with train.parquet and test.parquet (Hugging Face layout: image, label; also in shards),\n"
     "or with train/ and test/, each with a folder of images a class.\n"
+    "PATH?column=img&label=fine names other columns.\n"
 )
 ENDING = (
     "Prints a Markdown table, then the record: figures, protocol, digests of model and data, versions.\n"

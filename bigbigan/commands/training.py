@@ -60,7 +60,8 @@ def _add_train(commands: Commands) -> None:
         "--data",
         metavar="PATH",
         help="a folder of images (of folders, one a class), a .parquet file or a folder of train*.parquet (Hugging "
-        "Face layout: image, label), or hf:NAME, a data set on the Hugging Face Hub",
+        "Face layout: image, label), or hf:NAME, a data set on the Hugging Face Hub. PATH?column=img&label=fine names "
+        "other columns, label= leaves labels out, max_bad_fraction=0.01 lets more images be unreadable than 0.001",
     )
     parser.add_argument(
         "--split", default="train", metavar="SPLIT", help="of the data; train[:50000] is its first 50,000 images"

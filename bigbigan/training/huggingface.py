@@ -9,16 +9,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
-from urllib.parse import parse_qsl
 
 import numpy as np
 import torch
 
 from bigbigan.training.decoding import Source
-from bigbigan.training.sources import ImageDataset, holds_images
+from bigbigan.training.sources import OPTIONS, ImageDataset, holds_images, split_options
 from bigbigan.training.streaming import BLOCK, ImageStream, Row
 
-_OPTIONS = ("block", "column", "config", "data_dir", "data_files", "label", "revision", "split", "streaming")
+_OPTIONS = (*OPTIONS, "block", "config", "data_dir", "data_files", "revision", "split", "streaming")
 _ROWS = 64  # read at a time from a stream
 
 logger = logging.getLogger(__name__)
@@ -30,8 +29,9 @@ def open_hugging_face(
     """Opens `hf:NAME`, or `hf:NAME?option=value&…`.
 
     NAME is a dataset on the Hub, a folder that `save_to_disk` wrote, or a format such as `parquet` or `imagefolder`
-    with `data_files` or `data_dir`. Further options: `config`, `revision`, `split`, `column`, `label` (empty: none),
-    which come before the arguments, `streaming=1`, and `block`, images that a stream shuffles among each other.
+    with `data_files` or `data_dir`. Further options: `config`, `revision`, `split`, `column`, `label` (empty: none) and
+    `max_bad_fraction`, which come before the arguments, `streaming=1`, and `block`, images that a stream shuffles
+    among each other.
     A column in a struct is named with a dot: `column=views.front`.
 
     Without `streaming` the set is downloaded once and memory-mapped. Its digest covers the labels and the bytes of 64
@@ -41,13 +41,11 @@ def open_hugging_face(
         ValueError: an unknown option or column, or the dataset cannot be opened.
         ImportError: without datasets.
     """
-    name, _, query = spec.removeprefix("hf:").partition("?")
-    options = dict(parse_qsl(query, keep_blank_values=True))
-    unknown = sorted(set(options) - set(_OPTIONS))
-    if unknown or not name:
-        raise ValueError(f"{spec}: give hf:NAME?option=value&…; options are {', '.join(_OPTIONS)}")
+    name, options = split_options(spec, _OPTIONS)
+    name = name.removeprefix("hf:")
     column, label_column = options.get("column", column), options.get("label", label_column) or None
     split, streaming = options.get("split", split), options.get("streaming", "") not in ("", "0", "false")
+    max_bad_fraction = float(options.get("max_bad_fraction", max_bad_fraction))
     loaded = _load(_import(spec), spec, name, options, split, streaming)
     schema = loaded.features.arrow_schema if loaded.features else next(loaded.with_format("arrow").iter(1)).schema
     image, label = (
@@ -141,7 +139,10 @@ def _resolve(spec: str, schema: Any, column: str) -> tuple[str, ...]:
     kind: Any = schema
     for name in path:
         if not hasattr(kind, "get_field_index") or kind.get_field_index(name) < 0:
-            raise ValueError(f"{spec} has no column {column}; its columns are {', '.join(schema.names)}")
+            raise ValueError(
+                f"{spec} has no column {column}; its columns are {', '.join(schema.names)}: name it with ?column=, and "
+                "that of labels with label= (empty: none)"
+            )
         kind = kind.field(name).type
     return path
 

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from bigbigan._version import __version__
 from bigbigan.config import ModelInfo
 from bigbigan.model import BigBiGAN
 from bigbigan.schema import ConfigError
@@ -50,6 +51,7 @@ from bigbigan.training.tensorboard import TensorBoard
 
 logger = logging.getLogger(__name__)
 
+VERSIONS = {"bigbigan": __version__, "torch": str(torch.__version__)}
 REPEAT_SECONDS = 1.0  # `timeout`, torchrun and schedulers send a signal to the process and to its group
 
 
@@ -115,23 +117,23 @@ def train(
         bar = tqdm(total=state.total * config.batch_size, initial=state.num_images, unit="img", desc=config.name,
                    disable=None if processes.is_main else True)  # fmt: skip
         stack.enter_context(bar)
-        received = stack.enter_context(_signals())
+        signals = stack.enter_context(_Signals())
         if state.lacks_snapshot:
-            state.snapshot()
+            state.snapshot(signals)
         while state.step < state.total:
             metrics = train_step(state.training, state.make_batch, state.num_images + config.batch_size)
             state.step += 1
             bar.update(config.batch_size)
             if state.crosses(config.log_images):
                 state.log(metrics, bar.disable)
-            stopping = processes.any(bool(received) or time.monotonic() > deadline)
-            # First the checkpoint: who sends a signal does not wait for a snapshot.
+            stopping = processes.any(bool(signals.received) or time.monotonic() > deadline)
+            # First the checkpoint, so that a signal need not wait for the snapshot.
             if stopping or state.crosses(config.checkpoint_images) or state.crosses(config.snapshot_images):
                 state.checkpoint()
-            if stopping and processes.any(bool(received)):
-                raise TrainingStopped(received[0] if received else signal.SIGTERM)
+            if stopping:
+                signals.end_if_received(processes)
             if state.crosses(config.snapshot_images):
-                state.snapshot()
+                state.snapshot(signals)
             if stopping:
                 break
     return Path(run)
@@ -156,10 +158,17 @@ class _Run:
         self.description = describe(config, data, init)
         self.tensorboard: TensorBoard | None = None
         if len(digests := set(processes.gather(data.digest))) > 1:
-            raise ConfigError(f"the processes see different data: their digests are {', '.join(sorted(digests))}")
+            raise ConfigError(
+                f"the processes see different data: their digests are {', '.join(sorted(digests))}. That of image "
+                "files holds their times: copy folders with cp -p or rsync -t"
+            )
         processes.on_main(lambda: prepare(folder, self.description))
         model, augmentation = config.model, config.augmentation
-        self.images = Images(data, model.preprocess, model.image_channels, augmentation=augmentation, workers=workers)
+        # Of a stream, the main process holds as many images as its snapshots' probes and statistics take.
+        head = max(10_000, config.probe_images + config.probe_images // 3) if processes.is_main else 0
+        self.images = Images(
+            data, model.preprocess, model.image_channels, augmentation=augmentation, workers=workers, head=head
+        )
         self.batches = self.images.batches(
             config.batch_size, config.seed, rank=processes.rank, world_size=processes.world_size
         )
@@ -206,27 +215,39 @@ class _Run:
             left = (self.total * self.config.batch_size - self.num_images) * rate / images / 60
             logger.info("%s, %.0f minutes left", json.dumps(record), left)
 
-    def snapshot(self) -> None:
-        """Exports a model, looks at it, and keeps it beside the best."""
+    def snapshot(self, signals: _Signals) -> None:
+        """Exports a model, looks at it, and keeps it beside the best; a signal gives it up and ends the run.
+
+        Raises:
+            TrainingStopped: in all processes, after a signal to one.
+        """
 
         def work() -> None:
-            assert self.monitor is not None
-            hours = (self.seconds + time.monotonic() - self.tick) / 3600 * self.processes.world_size
-            facts = {"num_images": self.num_images, "hours": round(hours, 2)}
-            info = ModelInfo(self.config.name, source="trained with the bigbigan package", provenance=facts)
-            model, samples = inference_model(self.training, self.images, info), self.folder / "samples"
-            # Large encoders would take hours on the CPU, while the others wait. (mps has no float64, as probes need.)
-            device = self.training.device
-            scores = self.monitor(model.to(device if device.type == "cuda" else "cpu"), self.num_images, samples)
-            model.cpu()
-            self._write({"num_images": self.num_images, **scores})
-            if self.tensorboard is not None:
-                self.tensorboard.pictures(samples, self.num_images)
-            logger.info("snapshot at %d images: %s", self.num_images, json.dumps(scores))
-            snapshots = self.folder / "snapshots"
-            self.best = keep_snapshot(model, snapshots, scores, self.best, self.step, keep_all=self.keep_snapshots)
+            try:
+                with signals.interrupting():
+                    self._snapshot()
+            except _Interrupted:
+                logger.warning("the snapshot at %d images is put off until the run goes on", self.num_images)
 
         self.processes.on_main(work)
+        signals.end_if_received(self.processes)
+
+    def _snapshot(self) -> None:
+        assert self.monitor is not None
+        hours = (self.seconds + time.monotonic() - self.tick) / 3600 * self.processes.world_size
+        facts = {"num_images": self.num_images, "hours": round(hours, 2)}
+        info = ModelInfo(self.config.name, source="trained with the bigbigan package", provenance=facts)
+        model, samples = inference_model(self.training, self.images, info), self.folder / "samples"
+        # Large encoders would take hours on the CPU, while the others wait. (mps has no float64, as probes need.)
+        device = self.training.device
+        scores = self.monitor(model.to(device if device.type == "cuda" else "cpu"), self.num_images, samples)
+        model.cpu()
+        self._write({"num_images": self.num_images, **scores})
+        if self.tensorboard is not None:
+            self.tensorboard.pictures(samples, self.num_images)
+        logger.info("snapshot at %d images: %s", self.num_images, json.dumps(scores))
+        snapshots = self.folder / "snapshots"
+        self.best = keep_snapshot(model, snapshots, scores, self.best, self.step, keep_all=self.keep_snapshots)
 
     def checkpoint(self) -> None:
         self._pause()
@@ -235,7 +256,8 @@ class _Run:
         def work() -> None:
             tensors = {name: dict(network.state_dict()) for name, network in self._networks().items()}
             extra: dict[str, Any] = {"run": self.description, "seconds": self.seconds, "best": self.best}
-            extra |= {"data": places, "metrics_bytes": self.metrics.stat().st_size if self.metrics.exists() else 0}
+            extra |= {"versions": VERSIONS, "data": places}
+            extra |= {"metrics_bytes": self.metrics.stat().st_size if self.metrics.exists() else 0}
             for name, optimizer in self._optimizers().items():
                 tensors[name], extra[name] = optimizer_tensors(optimizer)
             for group, members in tensors.items():
@@ -273,6 +295,8 @@ class _Run:
             self.batches.load_state(places[self.processes.rank])
         if self.processes.is_main:
             logger.info("going on from %s", checkpoint.path)
+            if (before := checkpoint.state.get("versions", {})) != VERSIONS:
+                logger.warning("it was written by %s; with %s the run may go on a little differently", before, VERSIONS)
         self.step, self.seconds, self.best = checkpoint.step, checkpoint.state["seconds"], checkpoint.state["best"]
         # A checkpoint is older than its step's snapshot, which may have been lost; only a finished run is known whole.
         done = self.step == self.total and (self.folder / "snapshots" / snapshot_name(self.num_images)).exists()
@@ -333,26 +357,53 @@ def check_split(config: TrainConfig, processes: Processes) -> None:
         raise ValueError(f"batch_size {config.batch_size} is one image a micro-batch; batch norm needs two or more")
 
 
-@contextmanager
-def _signals() -> Iterator[list[int]]:
+class _Interrupted(Exception):
+    """A signal came during work that may be given up."""
+
+
+class _Signals:
     """Collects SIGTERM and SIGINT so that the step can be finished; a second signal acts at once."""
-    received: list[int] = []
-    previous: dict[int, Any] = {}
-    first = float("inf")
 
-    def handle(signum: int, frame: object) -> None:
-        nonlocal first
-        first = min(first, time.monotonic())
-        if time.monotonic() - first > REPEAT_SECONDS:
-            signal.signal(signum, previous[signum])
-            signal.raise_signal(signum)
-        received.append(signum)
+    def __init__(self) -> None:
+        self.received: list[int] = []
+        self._previous: dict[int, Any] = {}
+        self._first, self._interrupting = float("inf"), False
 
-    for signum in map(int, (signal.SIGTERM, signal.SIGINT)):
-        previous[signum] = signal.getsignal(signum)
-        signal.signal(signum, handle)
-    try:
-        yield received
-    finally:
-        for signum, handler in previous.items():
+    def __enter__(self) -> _Signals:
+        for signum in map(int, (signal.SIGTERM, signal.SIGINT)):
+            self._previous[signum] = signal.getsignal(signum)
+            signal.signal(signum, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for signum, handler in self._previous.items():
             signal.signal(signum, handler)
+
+    def _handle(self, signum: int, frame: object) -> None:
+        self._first = min(self._first, time.monotonic())
+        if time.monotonic() - self._first > REPEAT_SECONDS:
+            signal.signal(signum, self._previous[signum])
+            signal.raise_signal(signum)
+        self.received.append(signum)
+        if self._interrupting:
+            self._interrupting = False  # its echo must not disturb the cleaning up
+            raise _Interrupted
+
+    @contextmanager
+    def interrupting(self) -> Iterator[None]:
+        """Work that a signal, even an earlier one, ends by `_Interrupted` wherever it is."""
+        self._interrupting = True
+        try:
+            if self.received:
+                raise _Interrupted
+            yield
+        finally:
+            self._interrupting = False
+
+    def end_if_received(self, processes: Processes) -> None:
+        """
+        Raises:
+            TrainingStopped: one of the processes, which all have to ask, was sent a signal.
+        """
+        if processes.any(bool(self.received)):
+            raise TrainingStopped(self.received[0] if self.received else signal.SIGTERM)

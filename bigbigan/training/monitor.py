@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import torch
@@ -17,22 +18,32 @@ from bigbigan.training.config import TrainConfig
 
 GRID_IMAGES, PROBE_BATCH, NEIGHBOURS = 32, 256, 5
 
+logger = logging.getLogger(__name__)
+
 
 class Monitor:
     """Scores a model on labelled training images by a linear probe and by its nearest neighbours, with the images that
-    are scored held out of what the probe and the neighbours come from (the networks see all images, never a label)."""
+    are scored held out of what the probe and the neighbours come from (the networks see all images, never a label).
+
+    Where there are fewer labelled images than `probe_images` and a third as many, a quarter of them is scored.
+    """
 
     def __init__(self, images: Tensor | Images, labels: Tensor, config: TrainConfig):
         self.config = config
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(config.seed))
         self.grid = images[order[:GRID_IMAGES].sort().values]
-        n, held = config.probe_images, config.probe_images // 3
-        labelled = order[labels[order] >= 0]
-        known = labels[labelled[:n]].unique()
-        scored = labelled[n : n + held]
-        scored = scored[torch.isin(labels[scored], known)]  # of a rare class there may be none to learn from
-        enough = len(labelled) >= n + held and len(scored) > 0 and len(known) > 1
-        self.chosen = torch.cat([labelled[:n], scored]) if enough and config.model.encoder is not None else None
+        self.chosen: Tensor | None = None
+        if config.probe_images and config.model.encoder is not None:
+            labelled = order[labels[order] >= 0]
+            self.fitted = n = min(config.probe_images, 3 * len(labelled) // 4)
+            known = labels[labelled[:n]].unique()
+            scored = labelled[n : n + n // 3]
+            scored = scored[torch.isin(labels[scored], known)]  # of a rare class there may be none to learn from
+            if len(scored) and len(known) > 1:
+                self.chosen = torch.cat([labelled[:n], scored])
+            if self.chosen is None or n < config.probe_images:
+                how = f"fit on {n} and score {len(scored)}" if self.chosen is not None else "are left out"
+                logger.warning("the data has %d labelled images: the snapshots' probes %s", len(labelled), how)
         self.images, self.labels = images, labels
 
     @torch.no_grad()
@@ -48,7 +59,7 @@ class Monitor:
         scores = {"pixel_l1": round((again - match_size(x, again)).abs().mean().item(), 5)}
         if self.chosen is not None:
             parts = [self._features(model, indices) for indices in self.chosen.split(PROBE_BATCH)]
-            labels, n = self.labels[self.chosen], self.config.probe_images
+            labels, n = self.labels[self.chosen], self.fitted
             for name, rows in ((name, torch.cat([part[name] for part in parts])) for name in parts[0]):
                 probe = linear_probe(
                     rows[:n], labels[:n], rows[n:], labels[n:], l2_grid=(self.config.probe_l2,), holdout=0

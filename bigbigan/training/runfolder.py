@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
@@ -70,6 +71,8 @@ def check_same_run(path: Path, found: Any, wanted: dict[str, Any]) -> None:
     Raises:
         ConfigError: lists the differences.
     """
+    if isinstance(found, dict) and isinstance(found.get("train"), dict):
+        found = {**found, "train": _completed(found["train"])}
     if changes := list(_differences(found, wanted, "")):
         raise ConfigError(
             f"{path} belongs to another run: {'; '.join(changes[:10])}. Choose another folder, or its settings"
@@ -114,9 +117,15 @@ def read_run_config(run: str | os.PathLike[str]) -> TrainConfig:
         document = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ConfigError(f"{path} is no JSON: {error}") from error
-    if not isinstance(document, dict) or not {"train", "data"} <= document.keys():
+    if not isinstance(document, dict) or not isinstance(document.get("train"), dict) or "data" not in document:
         raise ConfigError(f"{path} is not of a run: it lacks 'train' or 'data'")
-    return from_dict(TrainConfig, document["train"], "train")
+    return from_dict(TrainConfig, _completed(document["train"]), "train")
+
+
+def _completed(train: dict[str, Any]) -> dict[str, Any]:
+    """With the fields that newer versions of the package have: their defaults are what was done before."""
+    fields = dataclasses.fields(TrainConfig)
+    return {field.name: field.default for field in fields if field.default is not dataclasses.MISSING} | train
 
 
 def _differences(found: Any, wanted: Any, where: str) -> Iterator[str]:

@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import parse_qsl
 
 import numpy as np
 import torch
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 MAX_BYTES = 8 << 30  # of encoded files, and of decoded images, held in memory
 CHUNK = 64  # images that one worker decodes at a time, outside training
+OPTIONS = ("column", "label", "max_bad_fraction")
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +53,7 @@ class UnreadableImages:
             first = "; ".join(self.reasons[index] for index in sorted(self.reasons)[:5])
             raise ValueError(
                 f"{len(self.reasons)} of {total} images cannot be read, more than {self._max_fraction:.2%}: "
-                f"{first}. Repair or remove them, or raise max_bad_fraction"
+                f"{first}. Repair or remove them, or add ?max_bad_fraction=0.01 to the path"
             )
         if new:
             names = "; ".join(new[index] for index in sorted(new))
@@ -224,6 +226,8 @@ def open_training_data(
 ) -> ImageDataset | ImageStream:
     """Opens a folder of images, a `.parquet` file, a folder of `{split}.parquet` or `{split}-*.parquet`, or "hf:…".
 
+    `path?option=value&…` comes before the arguments: `column`, `label` (empty: no labels) and `max_bad_fraction`.
+
     Image files lie in `path/{split}`, or for "train" in `path` itself; the first subfolder is the class and labels
     count the classes by sorted name. Parquet is the Hugging Face layout: `column` holds struct{bytes, path} or bytes,
     `label_column` integers (None: no labels). Parquet files of more than `max_bytes` together are copied once by the
@@ -232,15 +236,19 @@ def open_training_data(
     such a set with `streaming` is an `ImageStream`.
 
     The digest of Parquet is that of the files' bytes end to end, or above `max_bytes` of their footers, which hold the
-    size of each chunk; that of image files covers their relative names, sizes and modification times, and so changes
-    where a copy does not keep the times.
+    size of each chunk, and of a `column` that is not "image"; that of image files covers their relative names, sizes
+    and modification times, and so changes where a copy does not keep the times.
 
     A split may have a range, as in the `datasets` package: "train[:50000]" is the first 50,000 images.
 
     Raises:
-        ValueError: nothing of the kind at `path`, or it lacks the split, a shard or a column.
+        ValueError: nothing of the kind at `path`, or it lacks the split, a shard or a column; or an unknown option.
         ImportError: Parquet without pyarrow, "hf:…" or more than `max_bytes` of Parquet without datasets.
     """
+    if not str(path).startswith("hf:"):
+        path, given = split_options(str(path))
+        column, label_column = given.get("column", column), given.get("label", label_column) or None
+        max_bad_fraction = float(given.get("max_bad_fraction", max_bad_fraction))
     part = re.fullmatch(r"(.+)\[(\d*):(\d*)\]", split)
     if part is not None and not str(path).startswith("hf:"):
         whole = open_dataset(
@@ -283,6 +291,23 @@ def open_training_data(
     return _open_folder(path, files, max_bad_fraction)
 
 
+def split_options(spec: str, known: Sequence[str] = OPTIONS) -> tuple[str, dict[str, str]]:
+    """`NAME?option=value&…` as name and options; a file or folder of that very name has none.
+
+    Raises:
+        ValueError: an unknown option, or `max_bad_fraction` is not from 0 to 1.
+    """
+    if os.path.exists(spec):
+        return spec, {}
+    name, _, query = spec.partition("?")
+    options = dict(parse_qsl(query, keep_blank_values=True))
+    if (unknown := sorted(options.keys() - set(known))) or not name.removeprefix("hf:"):
+        raise ValueError(f"{spec}: {', '.join(unknown) or 'no name'}; give NAME?option=value&…, of {', '.join(known)}")
+    if not re.fullmatch(r"0?\.\d+|[01](\.0*)?", fraction := options.get("max_bad_fraction", "0")):
+        raise ValueError(f"{spec}: max_bad_fraction is {fraction!r}; give a number from 0 to 1")
+    return name, options
+
+
 def _open_parquet(
     files: list[Path], *, column: str, label_column: str | None, max_bad_fraction: float, max_bytes: int
 ) -> ImageDataset:
@@ -293,6 +318,8 @@ def _open_parquet(
         raise ImportError(f"reading {files[0]} needs pyarrow: pip install 'bigbigan[train]'") from error
     in_memory = sum(file.stat().st_size for file in files) <= max_bytes
     digest, sources, labels, counts = hashlib.sha256(), list[Source](), list[int](), list[int]()
+    if column != "image":
+        digest.update(column.encode())
     for path in files:
         try:
             with pyarrow.parquet.ParquetFile(path) as file:
@@ -330,7 +357,10 @@ def _checked_schema(file: Any, path: Path, column: str, label_column: str | None
     schema = file.schema_arrow
     missing = sorted({column, *([] if label_column is None else [label_column])} - set(schema.names))
     if missing:
-        raise ValueError(f"{path} has no column {', '.join(missing)}; its columns are {', '.join(schema.names)}")
+        raise ValueError(
+            f"{path} has no column {', '.join(missing)}; its columns are {', '.join(schema.names)}: name those of "
+            f"images and labels, if any, as in {path}?column=img&label="
+        )
     if label_column is not None and not types.is_integer(schema.field(label_column).type):
         raise ValueError(f"{path} has labels as {schema.field(label_column).type}; expected integers")
     if not holds_images(schema.field(column).type):

@@ -118,7 +118,7 @@ class ImageStream:
         names = {index: image.name for index, image in enumerate(taken)}
         return ImageDataset(
             [image.source for image in taken],
-            torch.tensor([image.label for image in taken]),
+            torch.tensor([image.label for image in taken], dtype=torch.int64),
             self.class_names,
             self.digest,
             name=names.__getitem__,
