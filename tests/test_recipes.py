@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,8 @@ import pytest
 from PIL import Image
 
 import bigbigan
+from bigbigan.cli import main
+from bigbigan.schema import to_dict
 from bigbigan.training import loop
 from bigbigan.training.config import TrainConfig
 from bigbigan.training.data import open_dataset
@@ -206,11 +211,52 @@ def test_bigan_of_its_authors() -> None:
     }
 
 
+# They decide no weights.
+WRITTEN = {"name", "log_images", "checkpoint_images", "snapshot_images", "probe_images", "probe_l2"}
+
+
+def leaves(data: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    for name, value in data.items():
+        if isinstance(value, dict):
+            yield from leaves(value, f"{prefix}{name}.")
+        elif value is not None:  # a part the model lacks
+            yield prefix + name
+
+
 @pytest.mark.parametrize("name", RECIPES)
-def test_sources_name_fields(name: str) -> None:
-    fields = {field.name for field in dataclasses.fields(TrainConfig)} | {"all but the below"}
-    assert {source.field for source in sources(name)} <= fields
-    assert {source.certainty for source in sources(name)} <= {"read", "second hand", "chosen"}
+def test_sources_name_every_field_that_decides_weights(name: str) -> None:
+    recipe, listed = RECIPES[name], sources(name)
+    values = to_dict(recipe)
+    fields = [field for source in listed for field in source.fields]
+    assert len(set(fields)) == len(fields)
+    for field in fields:
+        assert reduce(getitem, field.split("."), values) is not None
+    assert {source.certainty for source in listed} <= {"read", "second hand", "recalled", "chosen"}
+    idle = set() if recipe.model.encoder else {"encoder_lr_multiplier"}
+    idle |= set() if recipe.reversible else {"reversible"}
+    idle |= set() if recipe.rotated_batch_size else {"rotated_batch_size", "rotation_weight_d", "rotation_weight_g"}
+    covered = {path for path in leaves(values) if any(f"{path}.".startswith(f"{field}.") for field in fields)}
+    assert set(leaves(values)) - covered == idle | WRITTEN
+    assert recipe.model.encoder or not any("encoder" in source.source for source in listed)
+
+
+def test_sources_say_what_is_not_read() -> None:
+    certainty = {
+        name: {field: source.certainty for source in sources(name) for field in source.fields}
+        for name in ("bigbigan-resnet101", "ssgan-imagenet-128")
+    }
+    paper, ssgan = certainty.values()
+    recalled = {"model.encoder.depths", "model.discriminator.combine", "standing_passes"}
+    assert {field for field, level in paper.items() if level == "recalled"} == recalled
+    assert {field for field, level in ssgan.items() if level == "recalled"} == {"rotated_batch_size", "standing_passes"}
+    # BigGAN's baselines owe nothing to accounts of BigBiGAN.
+    assert "second hand" not in ssgan.values()
+
+
+def test_sources_fit_a_screen(capsys: pytest.CaptureFixture[str]) -> None:
+    for name in RECIPES:
+        assert main(["recipes", name, "--sources"]) == 0
+        assert max(map(len, capsys.readouterr().out.splitlines())) <= 120
 
 
 # --- at work, at reduced width ---------------------------------------------------------------------------------------
