@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,8 @@ import pytest
 from PIL import Image
 
 import bigbigan
-from bigbigan.config import MLPConfig
+from bigbigan.cli import main
+from bigbigan.schema import to_dict
 from bigbigan.training import loop
 from bigbigan.training.config import TrainConfig
 from bigbigan.training.data import open_dataset
@@ -41,45 +45,127 @@ TABLE_1: dict[str, tuple[Any, ...]] = {
     "resnet50": ("resnet", R50, 1, 256, "stochastic", 128, 96, ALL, 10),
     "revnet50x4": ("revnet", R50, 4, 256, "stochastic", 128, 96, ALL, 10),
 }
-# Of all rows: batch 2048, 500,000 steps, two D steps with fresh batches, Adam, EMA 0.9999 a step, ResNet crops.
-EVERYWHERE = {
+# What all rows have: batch 2048, 500,000 steps, two D steps with fresh batches, Adam, EMA 0.9999 a step, ResNet crops.
+# Whole dictionaries are compared, so a field that is not listed here fails.
+RUN: dict[str, Any] = {
     "batch_size": 2048,
     "total_images": 1_024_000_000,
     "objective": "hinge",
+    "rotated_batch_size": 0,
+    "rotation_weight_d": 1.0,
+    "rotation_weight_g": 0.2,
     "d_steps": 2,
     "reuse_batch": False,
     "simultaneous": False,
     "separate_passes": False,
     "accumulate": 1,
-    "rotated_batch_size": 0,
     "lr_g": 5e-5,
     "lr_d": 2e-4,
     "lr_decay_images": 0,
+    "lr_decay": 1.0,
     "weight_decay": 0.0,
     "adam_beta1": 0.0,
     "adam_beta2": 0.999,
     "adam_eps": 1e-8,
     "initializer": "orthogonal",
+    "ema_halflife_images": pytest.approx(2048 * 6931.12, rel=1e-4),  # log(1/2) / log(0.9999) steps
+    "augmentation": {
+        "crop_scale": (0.08, 1),
+        "aspect": (3 / 4, 4 / 3),
+        "flip": True,
+        "shift": 0,
+        "original": True,
+        "filter": "bicubic",
+    },
+    "precision": "fp32",
+    "reversible": False,
+    "compile": False,
+    "seed": 0,
+    "standing_passes": 100,
+    "log_images": 204_800,
+    "checkpoint_images": 2_048_000,
+    "snapshot_images": 20_480_000,
+    "probe_images": 15_000,
+    "probe_l2": 1e-3,
 }
+GENERATOR = {"image_channels": 3, "shared_dim": 128, "attention_resolution": 64, "bn_eps": 1e-4}
+Z_CHUNKS = {64: (24,) * 5, 128: (20,) * 6, 256: (18, 17, 17, 17, 17, 17, 17)}
+MLP = {
+    "activation": "relu",
+    "order": "pre",
+    "first_activation": False,
+    "last_activation": True,
+    "projection": "auto",
+    "norm": "none",
+    "bias": True,
+}
+ENCODER = {
+    "image_channels": 3,
+    "block": "bottleneck",
+    "stem": "imagenet",
+    "z_dim": 120,
+    "head": MLP | {"width": 4096, "layers": 4},
+    "stem_padding": "explicit",
+    "strided_padding": "explicit",
+    "pool_padding": "zero",
+    "shortcut": "preactivated",
+    "bn_eps": 1e-3,
+    "bn_affine": True,
+    "last_relu": True,
+    "feature_norm_eps": 1e-3,
+    "feature_norm_affine": False,
+    "spectral_norm": False,
+}
+DISCRIMINATOR = {
+    "image_channels": 3,
+    "base_channels": 96,
+    "z_dim": 120,
+    "attention_resolution": 64,
+    "z_mlp": MLP | {"width": 2048, "layers": 8},
+    "joint_mlp": MLP | {"width": 2048, "layers": 8},
+    "combine": "concat",
+    "first_relu": False,
+    "last_skip": True,
+    "rotation_head": False,
+}
+PREPROCESS = {"pad": 0, "crop": "center", "filter": "bicubic", "polarity": "natural"}
+
+
+def written(name: str, row: str) -> dict[str, Any]:
+    """That row of the table as the whole recipe."""
+    trunk, depths, factor, side, output, resolution, width, scores, multiplier = TABLE_1[row]
+    side = side or resolution
+    generator = {
+        "resolution": resolution,
+        "base_channels": width,
+        "z_chunks": Z_CHUNKS[resolution],
+        "prior": "uniform" if row == "uniform-pz" else "normal",
+        "upsample_mode": "bilinear",
+        "upsample_size": side,
+    }
+    encoder = {"resolution": side, "architecture": trunk, "depths": depths, "output": output}
+    model = {
+        "generator": GENERATOR | generator,
+        "encoder": ENCODER | encoder | {"base_channels": 64 * factor} if trunk else None,
+        "discriminator": DISCRIMINATOR | {"resolution": resolution, "scores": scores},
+        "preprocess": PREPROCESS | {"size": side},
+    }
+    of_row = {"name": name, "model": model, "encoder_lr_multiplier": multiplier, "reversible": trunk == "revnet"}
+    return RUN | of_row
 
 
 @pytest.mark.parametrize("row", TABLE_1)
 def test_row_of_table_1(row: str) -> None:
-    recipe = RECIPES[f"bigbigan-{row}"]
-    g, e, d = recipe.model.generator, recipe.model.encoder, recipe.model.discriminator
-    trunk = (e.architecture, e.depths, e.base_channels // 64, e.resolution, e.output) if e is not None else (None,) * 5
-    assert (*trunk, g.resolution, g.base_channels, d.scores, recipe.encoder_lr_multiplier) == TABLE_1[row]
-    assert {name: getattr(recipe, name) for name in EVERYWHERE} == EVERYWHERE
-    assert recipe.ema_halflife_images == pytest.approx(2048 * 6931.12, rel=1e-4)  # log(1/2) / log(0.9999) steps
-    crops = recipe.augmentation
-    assert (crops.crop_scale, crops.aspect, crops.flip, crops.original) == ((0.08, 1), (3 / 4, 4 / 3), True, True)
-    assert g.z_dim == 120 and g.prior == ("uniform" if row == "uniform-pz" else "normal") and g.shared_dim == 128
-    assert (d.resolution, d.base_channels, d.z_dim) == (g.resolution, 96, 120)
-    assert d.z_mlp == d.joint_mlp == MLPConfig(2048, 8) and d.combine == "concat" and not d.rotation_head
-    if e is not None:
-        assert e.block == "bottleneck" and e.head == MLPConfig(4096, 4) and not e.spectral_norm
-        assert recipe.reversible == (e.architecture == "revnet")
-    assert recipe.model.preprocess.size == (e.resolution if e is not None else 128)
+    name = f"bigbigan-{row}"
+    assert dataclasses.asdict(RECIPES[name]) == written(name, row)
+
+
+def test_baselines_on_imagenet() -> None:
+    """They are the row without an encoder; SS-GAN turns a quarter of the batch."""
+    assert dataclasses.asdict(RECIPES["biggan-imagenet-128"]) == written("biggan-imagenet-128", "no-e")
+    ssgan = written("ssgan-imagenet-128", "no-e") | {"rotated_batch_size": 512}
+    ssgan["model"]["discriminator"]["rotation_head"] = True
+    assert dataclasses.asdict(RECIPES["ssgan-imagenet-128"]) == ssgan
 
 
 def test_table_1_is_complete() -> None:
@@ -91,32 +177,86 @@ def test_table_1_is_complete() -> None:
     assert set(RECIPES) == {f"bigbigan-{row}" for row in TABLE_1} | others
 
 
-def test_ss_gan_on_imagenet() -> None:
-    recipe = RECIPES["ssgan-imagenet-128"]
-    assert (recipe.rotated_batch_size, recipe.rotation_weight_d, recipe.rotation_weight_g) == (512, 1.0, 0.2)
-    assert recipe.model.discriminator.rotation_head and recipe.model.encoder is None
-
-
 def test_bigan_of_its_authors() -> None:
-    recipe = RECIPES["bigan-mnist-mlp"]
-    assert recipe.total_images == 400 * 50_000 and recipe.batch_size == 128
-    assert (recipe.objective, recipe.simultaneous, recipe.separate_passes, recipe.d_steps) == (
-        "logistic",
-        True,
-        True,
-        1,
-    )
-    assert (recipe.lr_g, recipe.lr_d, recipe.encoder_lr_multiplier) == (2e-4, 2e-4, 1.0)
-    assert (recipe.adam_beta1, recipe.adam_beta2, recipe.adam_eps) == (0.5, 0.999, 1e-8)
-    assert (recipe.weight_decay, recipe.lr_decay_images, recipe.lr_decay) == (2.5e-5, 200 * 50_000, 0.01)
-    assert (recipe.initializer, recipe.ema_halflife_images, recipe.standing_passes) == ("normal", 0.0, 1000)
+    """200 epochs of 50,000 images, and 200 in which the rates fall to a hundredth."""
+    part = {"resolution": 28, "image_channels": 1, "architecture": "mlp", "width": 1024, "z_dim": 50, "bn_eps": 1e-8}
+    assert dataclasses.asdict(RECIPES["bigan-mnist-mlp"]) == RUN | {
+        "name": "bigan-mnist-mlp",
+        "model": {
+            "generator": part | {"negative_slope": 0.0, "prior": "uniform"},
+            "encoder": part | {"negative_slope": 0.2, "feature_norm_eps": 1e-3},
+            "discriminator": part | {"negative_slope": 0.2},
+            "preprocess": PREPROCESS | {"size": 28, "polarity": "light-on-dark"},
+        },
+        "total_images": 400 * 50_000,
+        "batch_size": 128,
+        "objective": "logistic",
+        "d_steps": 1,
+        "reuse_batch": True,
+        "simultaneous": True,
+        "separate_passes": True,
+        "lr_g": 2e-4,
+        "encoder_lr_multiplier": 1.0,
+        "lr_decay_images": 200 * 50_000,
+        "lr_decay": 0.01,
+        "weight_decay": 2.5e-5,
+        "adam_beta1": 0.5,
+        "initializer": "normal",
+        "ema_halflife_images": 0.0,
+        "augmentation": RUN["augmentation"] | {"crop_scale": (1, 1), "flip": False, "original": False},
+        "standing_passes": 1000,
+        "log_images": 50_000,
+        "checkpoint_images": 250_000,
+        "snapshot_images": 1_250_000,
+    }
+
+
+# They decide no weights.
+WRITTEN = {"name", "log_images", "checkpoint_images", "snapshot_images", "probe_images", "probe_l2"}
+
+
+def leaves(data: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    for name, value in data.items():
+        if isinstance(value, dict):
+            yield from leaves(value, f"{prefix}{name}.")
+        elif value is not None:  # a part the model lacks
+            yield prefix + name
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_sources_name_fields(name: str) -> None:
-    fields = {field.name for field in dataclasses.fields(TrainConfig)} | {"all but the below"}
-    assert {source.field for source in sources(name)} <= fields
-    assert {source.certainty for source in sources(name)} <= {"read", "second hand", "chosen"}
+def test_sources_name_every_field_that_decides_weights(name: str) -> None:
+    recipe, listed = RECIPES[name], sources(name)
+    values = to_dict(recipe)
+    fields = [field for source in listed for field in source.fields]
+    assert len(set(fields)) == len(fields)
+    for field in fields:
+        assert reduce(getitem, field.split("."), values) is not None
+    assert {source.certainty for source in listed} <= {"read", "second hand", "recalled", "chosen"}
+    idle = set() if recipe.model.encoder else {"encoder_lr_multiplier"}
+    idle |= set() if recipe.reversible else {"reversible"}
+    idle |= set() if recipe.rotated_batch_size else {"rotated_batch_size", "rotation_weight_d", "rotation_weight_g"}
+    covered = {path for path in leaves(values) if any(f"{path}.".startswith(f"{field}.") for field in fields)}
+    assert set(leaves(values)) - covered == idle | WRITTEN
+    assert recipe.model.encoder or not any("encoder" in source.source for source in listed)
+
+
+def test_sources_say_what_is_not_read() -> None:
+    certainty = {
+        name: {field: source.certainty for source in sources(name) for field in source.fields}
+        for name in ("bigbigan-resnet101", "ssgan-imagenet-128")
+    }
+    paper, ssgan = certainty.values()
+    recalled = {"model.encoder.depths", "model.discriminator.combine", "standing_passes"}
+    assert {field for field, level in paper.items() if level == "recalled"} == recalled
+    assert {field for field, level in ssgan.items() if level == "recalled"} == {"rotated_batch_size", "standing_passes"}
+    # BigGAN's baselines owe nothing to accounts of BigBiGAN.
+    assert "second hand" not in ssgan.values()
+
+
+def test_sources_fit_a_screen(capsys: pytest.CaptureFixture[str]) -> None:
+    for name in RECIPES:
+        assert main(["recipes", name, "--sources"]) == 0
+        assert max(map(len, capsys.readouterr().out.splitlines())) <= 120
 
 
 # --- at work, at reduced width ---------------------------------------------------------------------------------------

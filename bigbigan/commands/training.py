@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -157,6 +158,11 @@ def _recipe(name: str) -> TrainConfig:
 
 
 def _recipes(arguments: argparse.Namespace) -> int:
+    from functools import reduce
+    from itertools import zip_longest
+    from operator import getitem
+    from textwrap import wrap
+
     from bigbigan.schema import to_dict
     from bigbigan.training.recipes import RECIPES, sources
 
@@ -165,7 +171,12 @@ def _recipes(arguments: argparse.Namespace) -> int:
             raise ValueError("--sources needs the name of a recipe; `bigbigan recipes` lists them")
         recipe = _recipe(arguments.recipe)
         values = to_dict(recipe)
-        rows = [[s.field, _short(values.get(s.field, "")), s.certainty, s.source] for s in sources(recipe.name)]
+        order = _keys(values)
+        rows: list[Sequence[str]] = []
+        for s in sorted(sources(recipe.name), key=lambda s: order.index(s.fields[0])):
+            shown = [_short(reduce(getitem, field.split("."), values)) for field in s.fields]
+            lines = wrap(s.source, 40, break_on_hyphens=False)
+            rows += zip_longest(s.fields, shown, [s.certainty], lines, fillvalue="")
         print(columns_text(("FIELD", "VALUE", "CERTAINTY", "SOURCE"), rows))
     elif arguments.recipe:
         print(json.dumps(to_dict(_recipe(arguments.recipe)), indent=2))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from bigbigan.presets import EMBEDDED, PRESETS
 from bigbigan.training.augment import AugmentationConfig
@@ -105,55 +106,166 @@ RECIPES: dict[str, TrainConfig] = {
 }
 
 
+Certainty = Literal["read", "second hand", "recalled", "chosen"]
+_Rows = tuple[tuple[str, Certainty, str], ...]
+
+
 @dataclass(frozen=True)
 class Source:
-    """Where a recipe's value comes from. `certainty` is "read", "second hand" or "chosen" (no source settles it)."""
+    """Where values of a recipe come from. The line of a field holds for all inside it that has no line of its own.
 
-    field: str
+    `certainty` is that of the weakest link: "read" in what is named, "second hand" (in an account of it), "recalled"
+    (remembered, not seen in print), or "chosen" (no source settles it, or sources differ).
+    """
+
+    fields: tuple[str, ...]  # dotted
+    certainty: Certainty
     source: str
-    certainty: str
 
 
-_PAPER = (
-    Source("model", "paper, section 3 and Table 1's row; open details as in bigbigan/config.py", "second hand"),
-    Source("total_images", "500,000 steps (paper, section 4)", "second hand"),
-    Source("batch_size", "paper, appendix A", "second hand"),
-    Source("objective", "each score clamped separately (paper, section 2; released demo)", "second hand"),
-    Source("d_steps", "paper, appendix A, after BigGAN", "second hand"),
-    Source("reuse_batch", "fresh images and latents a sub-step, as google/compare_gan", "read"),
-    Source("lr_g", "BigGAN's, as its author's PyTorch code reports them", "read"),
-    Source("lr_d", "BigGAN's, as its author's PyTorch code reports them", "read"),
-    Source("encoder_lr_multiplier", "10 in the rows 'up E LR' (paper, section 3.1), else 1", "second hand"),
-    Source("adam_beta1", "BigGAN's, google/compare_gan", "read"),
-    Source("adam_beta2", "BigGAN's, google/compare_gan", "read"),
-    Source("adam_eps", "TensorFlow's default", "chosen"),
-    Source("initializer", "orthogonal, google/compare_gan and BigGAN's PyTorch code; E's is not stated", "read"),
-    Source("ema_halflife_images", "decay 0.9999 a step on G and E (paper, appendix A), reached as the run passes 20 "
-           "half-lives: its start is not stated", "second hand"),
-    Source("augmentation", "ResNet crops and flips (released demo), as tensorflow/tpu's resnet_preprocessing", "read"),
-    Source("standing_passes", "as BigGAN's standing statistics; the number is not stated for BigBiGAN", "chosen"),
-    Source("reversible", "memory alone: the gradients are the same up to rounding", "chosen"),
+_COMPUTED: _Rows = (
+    ("accumulate precision compile seed", "chosen", "how it is computed: the whole batch at once, in float32"),
+)
+_TABLE_1: _Rows = (
+    ("model.generator", "second hand", "BigGAN's (paper, section 3.1; there also the row's size and width): layers as "
+     "google/compare_gan, but nearest upsampling and gains of 1 + linear as BigGAN's PyTorch code"),
+    ("model.generator.prior", "second hand", "paper, section 3.1"),
+    ("model.generator.shared_dim", "second hand", "one label for all images (paper, section 3.1), so one learned "
+     "vector, of google/compare_gan's size; that it starts from N(0, 1) is chosen"),
+    ("model.generator.bn_eps", "chosen", "as DeepMind's released BigGAN; not stated for BigBiGAN"),
+    ("model.discriminator", "second hand", "F is BigGAN's (paper, section 3.1): google/compare_gan and BigGAN's "
+     "PyTorch code"),
+    ("model.discriminator.first_relu model.discriminator.last_skip", "chosen", "as BigGAN's PyTorch code; "
+     "google/compare_gan has the opposite of both, DeepMind's is not stated"),
+    ("model.discriminator.scores", "second hand", "paper, sections 2 and 3.1"),
+    ("model.preprocess", "chosen", "for evaluation: the largest centre square. How much the authors' centre crop "
+     "leaves out is not stated"),
+    ("model.preprocess.size", "second hand", "paper, section 3.1"),
+    ("total_images", "second hand", "500,000 steps (paper, appendix A)"),
+    ("batch_size d_steps", "second hand", "paper, appendix A"),
+    ("objective", "second hand", "hinge, each score clamped separately (paper, section 2; released demo)"),
+    ("reuse_batch simultaneous separate_passes", "chosen", "fresh images and latents for each D step and for the step "
+     "after them, as google/compare_gan; D sees both kinds in one pass, as BigGAN's PyTorch code"),
+    ("lr_g lr_d", "second hand", "BigGAN's (paper, appendix A), as its author's PyTorch code reports them"),
+    ("lr_decay_images lr_decay weight_decay", "chosen", "none: no source mentions any"),
+    ("adam_beta1 adam_beta2", "second hand", "BigGAN's (paper, appendix A), as google/compare_gan has them"),
+    ("adam_eps", "chosen", "TensorFlow's default; not stated"),
+    ("initializer", "chosen", "as BigGAN (google/compare_gan, PyTorch code); not stated for BigBiGAN"),
+    ("ema_halflife_images", "second hand", "decay 0.9999 a step (paper, appendix A). Its start is not stated: here the "
+     "half-life is at most a twentieth of the images seen so far"),
+    ("augmentation", "read", "ResNet crops and flips (released demo), as tensorflow/tpu's resnet_preprocessing"),
+    ("augmentation.filter", "chosen", "bicubic as there, but antialiased"),
+    ("standing_passes", "recalled", "BigGAN's number of passes; not stated for BigBiGAN"),
 )  # fmt: skip
-_SS_GAN = (
-    Source("rotated_batch_size", "google/compare_gan has no default; a quarter of the batch", "chosen"),
-    Source("rotation_weight_d", "google/compare_gan, ssgan.py", "read"),
-    Source("rotation_weight_g", "google/compare_gan, ssgan.py", "read"),
+_ENCODER: _Rows = (
+    ("model.encoder", "second hand", "ResNet-v2 or RevNet and an average pool; the row's depth, width and output "
+     "(paper, section 3.1). Units as google/revisiting-self-supervised"),
+    ("model.encoder.stem_padding model.encoder.strided_padding model.encoder.pool_padding model.encoder.shortcut "
+     "model.encoder.bn_eps model.encoder.bn_affine model.encoder.last_relu", "chosen",
+     "as google/revisiting-self-supervised; not stated for BigBiGAN"),
+    ("model.encoder.feature_norm_eps", "chosen", "as the encoder's other norms; not stated"),
+    ("model.encoder.feature_norm_affine", "second hand", "a norm without parameters (paper, section 3.2)"),
+    ("model.encoder.spectral_norm", "second hand", "in G and D only (paper, appendix A)"),
+    ("model.encoder.head.width model.encoder.head.layers", "second hand", "two residual blocks of two layers (paper, "
+     "section 3.1)"),
+    ("model.encoder.head", "chosen", "ReLU in ResNet-v2's order, projections where widths differ, biases, no norm: "
+     "not stated"),
+    ("model.discriminator.z_mlp.width model.discriminator.z_mlp.layers model.discriminator.joint_mlp.width "
+     "model.discriminator.joint_mlp.layers", "second hand", "H and J: four residual blocks of two layers (paper, "
+     "section 3.1)"),
+    ("model.discriminator.z_mlp model.discriminator.joint_mlp", "chosen", "as the encoder's head"),
+    ("model.discriminator.combine", "recalled", "J takes F(x) and H(z) side by side"),
+    ("encoder_lr_multiplier", "second hand", "10 in the rows 'up E LR' (paper, section 3.1), else 1"),
 )  # fmt: skip
-_BIGAN_SOURCE = "jeffdonahue/bigan, train_mnist.sh and the defaults of train_gan.py"  # the decay there goes by epochs
-_BIGAN_FIELDS = (
-    "model", "total_images", "batch_size", "objective", "simultaneous", "separate_passes", "d_steps", "lr_g", "lr_d",
-    "encoder_lr_multiplier", "lr_decay_images", "lr_decay", "weight_decay", "adam_beta1", "adam_beta2", "adam_eps",
-    "initializer", "standing_passes",
+_128_PIXELS: _Rows = (("model.generator.z_chunks", "second hand", "paper, section 3.1"),)
+_OTHER_PIXELS: _Rows = (
+    ("model.generator.z_chunks", "chosen", "120 cut as evenly as it goes; stated for 128 pixels alone"),
+)
+_REVNET: _Rows = (("reversible", "chosen", "memory alone: the gradients are the same up to rounding"),)
+_RESNET101: _Rows = (("model.encoder.depths", "recalled", "that this row of Table 1 is a ResNet-101"),)
+_BASELINE: _Rows = (
+    ("model.generator", "read", "BigGAN's at 128 pixels: google/compare_gan, but nearest upsampling and gains of "
+     "1 + linear as BigGAN's PyTorch code"),
+    ("model.generator.shared_dim", "read", "google/compare_gan with one label for all (single_class_imagenet_128), so "
+     "one learned vector; that it starts from N(0, 1) is chosen"),
+    ("model.generator.z_chunks", "read", "google/compare_gan"),
+    ("model.generator.bn_eps", "chosen", "as DeepMind's released BigGAN; google/compare_gan has 1e-5"),
+    ("model.discriminator", "read", "BigGAN's at 128 pixels without the label's projection: google/compare_gan and "
+     "BigGAN's PyTorch code"),
+    ("model.discriminator.first_relu model.discriminator.last_skip", "chosen", "as BigGAN's PyTorch code; "
+     "google/compare_gan, whose images are in [0, 1], has the opposite of both"),
+    ("model.preprocess", "chosen", "for evaluation: google/compare_gan's middle square, but bicubic and antialiased"),
+    ("total_images", "chosen", "500,000 steps, as Table 1 of BigBiGAN to compare with; google/compare_gan has 250,000"),
+    ("batch_size d_steps adam_beta1 adam_beta2", "read", "google/compare_gan, biggan_imagenet128.gin"),
+    ("objective", "read", "hinge: google/compare_gan"),
+    ("reuse_batch simultaneous", "read", "fresh images and latents for each D step and for the step after them: "
+     "google/compare_gan"),
+    ("separate_passes", "read", "D sees real and generated images in one pass: BigGAN's PyTorch code"),
+    ("lr_g lr_d", "read", "BigGAN's, as its author's PyTorch code reports them; google/compare_gan has 1e-4 and 5e-4"),
+    ("lr_decay_images lr_decay weight_decay", "read", "none: google/compare_gan"),
+    ("adam_eps", "read", "TensorFlow's default, which google/compare_gan leaves; BigGAN's PyTorch code has 1e-6"),
+    ("initializer", "read", "google/compare_gan and BigGAN's PyTorch code"),
+    ("ema_halflife_images", "read", "decay 0.9999 a step: google/compare_gan, from step 40,000 on. Here from the "
+     "start, the half-life being at most a twentieth of the images seen so far"),
+    ("augmentation", "chosen", "BigBiGAN's ResNet crops and flips, to compare with it; google/compare_gan cuts squares "
+     "of at least half the area and mirrors none"),
+    ("standing_passes", "recalled", "BigGAN's number of passes. google/compare_gan takes as many images in smaller "
+     "batches, BigGAN's PyTorch code 16 passes"),
+)  # fmt: skip
+_SS_GAN: _Rows = (
+    ("model.discriminator.rotation_head", "read", "linear on F(x): google/compare_gan, ssgan.py"),
+    ("rotated_batch_size", "recalled", "a quarter of the batch, as in the SS-GAN paper; google/compare_gan has no "
+     "default"),
+    ("rotation_weight_d rotation_weight_g", "read", "google/compare_gan, ssgan.py"),
+)  # fmt: skip
+_AUTHORS_MNIST: _Rows = (
+    ("model", "read", "jeffdonahue/bigan, as every file named below: net.py, dist.py, gan.py"),
+    ("total_images", "read", "train_mnist.sh: 400 epochs of 50,000 images, there 391 whole batches each, here 390.6"),
+    ("batch_size lr_g lr_d encoder_lr_multiplier weight_decay", "read", "train_gan.py's defaults, for all networks"),
+    ("objective", "read", "gan.py: cross-entropy, the mean of both kinds of pairs; labels flipped for G and E"),
+    ("d_steps simultaneous reuse_batch separate_passes", "read", "train_gan.py's defaults: k 1, one update of all, no "
+     "cat_inputs"),
+    ("lr_decay_images lr_decay", "read", "train_mnist.sh: over the last 200 epochs, to 1 %. train_gan.py sets the rate "
+     "once an epoch, 2.3 % below that of the one before; here it falls at every step, to reach that value at the "
+     "epoch's end"),
+    ("adam_beta1", "read", "train_gan.py's default; lib/updates.py also shrinks it, by 1e-8 of itself a step"),
+    ("adam_beta2 adam_eps", "read", "lib/updates.py"),
+    ("initializer", "read", "net.py: N(0, 0.02); gan.py: zero for D's score"),
+    ("ema_halflife_images", "read", "no average: train_gan.py scores and saves the weights themselves"),
+    ("augmentation", "read", "none: data.py"),
+    ("standing_passes", "read", "deploy_iters in train_mnist.sh"),
+)  # fmt: skip
+_SMALL_ROWS: _Rows = (
+    ("model", "chosen", "this project's small networks: bigbigan/presets.py"),
+    ("total_images batch_size reuse_batch ema_halflife_images augmentation", "chosen", "sized for a CPU"),
+    ("simultaneous separate_passes lr_decay_images lr_decay weight_decay adam_beta2 adam_eps initializer "
+     "standing_passes", "chosen", "as in the recipes for ImageNet"),
+)  # fmt: skip
+_SMALL_HINGE: _Rows = (
+    ("objective", "read", "hinge, as BigGAN: google/compare_gan"),
+    ("d_steps lr_g lr_d adam_beta1", "chosen", "keep D ahead of G: tried on Fashion-MNIST"),
+)
+_SMALL_ENCODER: _Rows = (("encoder_lr_multiplier", "chosen", "between the 1 and 10 of BigBiGAN's Table 1"),)
+_SMALL_BIGAN: _Rows = (
+    ("model.generator.prior model.encoder.output model.discriminator.scores objective d_steps lr_g lr_d "
+     "encoder_lr_multiplier adam_beta1", "read", "jeffdonahue/bigan, on MNIST"),
 )  # fmt: skip
 
 
 def sources(name: str) -> list[Source]:
-    """Where the values of a recipe come from; fields that are not listed are this project's choice."""
-    if name == "bigan-mnist-mlp":
-        return [Source(field, _BIGAN_SOURCE, "read") for field in _BIGAN_FIELDS]
-    if RECIPES[name].batch_size == IMAGENET_BATCH:
-        return [*_PAPER, *(_SS_GAN if RECIPES[name].rotated_batch_size else ())]
-    chosen = [
-        Source("all but the below", "this project's, for small images; see bigbigan/training/recipes.py", "chosen")
-    ]
-    return [*chosen, *(_SS_GAN if RECIPES[name].rotated_batch_size else ())]
+    """Where the values of a recipe come from; fields that only a part it lacks would use are left out."""
+    recipe = RECIPES[name]
+    encoder = recipe.model.encoder
+    if name == _BIGAN_MNIST.name:
+        rows = _AUTHORS_MNIST
+    elif recipe.batch_size != IMAGENET_BATCH:
+        hinge = _SMALL_HINGE + (_SMALL_ENCODER if encoder else ())
+        rows = _SMALL_ROWS + (hinge if recipe.objective == "hinge" else _SMALL_BIGAN)
+    elif name.startswith("bigbigan"):
+        rows = _TABLE_1 + (_128_PIXELS if getattr(recipe.model.generator, "resolution", 0) == 128 else _OTHER_PIXELS)
+        rows += (_ENCODER if encoder else ()) + (_REVNET if recipe.reversible else ())
+        rows += _RESNET101 if name == "bigbigan-resnet101" else ()
+    else:
+        rows = _BASELINE
+    rows += _COMPUTED + (_SS_GAN if recipe.rotated_batch_size else ())
+    return [Source(tuple(fields.split()), certainty, source) for fields, certainty, source in rows]
