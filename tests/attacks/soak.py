@@ -4,7 +4,7 @@
 
 All in one process, which is what shows a leak. Each cycle ends by SIGTERM and goes on from the checkpoint that it left.
 Resident memory grows by less than 2 % after the first quarter, open files do not, and on the disk there are never
-more than keep + 1 checkpoints besides the best snapshot's.
+more than keep + 1 checkpoints besides the best snapshot's. No stop takes more than 30 seconds, no resumption 60.
 """
 
 from __future__ import annotations
@@ -88,6 +88,7 @@ def soak(work: Path, steps: int, cycles: int) -> dict[str, Any]:
     assert growth < 0.02, f"memory grew by {growth:.1%}: {memory}"
     assert len(set(files[1:])) == 1, f"open files: {files}"
     assert now["most"] <= KEEP + 2, f"{now['most']} checkpoints"
+    assert max(times["resume"]) < 60 and max(times["stop"]) <= 30, times
     return {
         "steps": now["done"],
         "cycles": cycles,
