@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
 import pytest
 import torch
 from PIL import Image
+from pyarrow import parquet
 from safetensors.torch import load_file
 
 from bigbigan.presets import PRESETS
@@ -23,40 +26,79 @@ from bigbigan.training.augment import AugmentationConfig
 from bigbigan.training.config import TrainConfig
 from bigbigan.training.data import open_dataset
 from bigbigan.training.distributed import Processes
+from bigbigan.training.recipes import RECIPES
+from bigbigan.training.step import Batch
 
+SHORT: dict[str, Any] = {
+    "total_images": 24,
+    "batch_size": 8,
+    "precision": "fp64",
+    "standing_passes": 2,
+    "log_images": 8,
+    "checkpoint_images": 24,
+    "snapshot_images": 24,
+    "probe_images": 0,
+}
+TINY = PRESETS["bigbigan-tiny"].config
 CONFIG = TrainConfig(
     "tiny",
-    PRESETS["bigbigan-tiny"].config,
-    total_images=24,
-    batch_size=8,
+    TINY,
     d_steps=2,
     encoder_lr_multiplier=10.0,
     augmentation=AugmentationConfig(crop_scale=(0.5, 1.0), flip=True, shift=2),
-    precision="fp64",
-    standing_passes=2,
-    log_images=8,
-    checkpoint_images=24,
-    snapshot_images=24,
-    probe_images=0,
+    **SHORT,
 )
+
+
+def change(config: Any, **parts: dict[str, Any]) -> Any:
+    """`config` with changed fields of its parts."""
+    return replace(config, **{name: replace(getattr(config, name), **fields) for name, fields in parts.items()})
+
+
+_NARROW = {"width": 16}
+_MLP = change(PRESETS["bigan-mnist-mlp"].config, generator=_NARROW, encoder=_NARROW, discriminator=_NARROW)
+_GAN = change(replace(TINY, encoder=None), discriminator={"scores": ("x",), "rotation_head": True})
+_REVNET = {"architecture": "revnet", "block": "bottleneck", "depths": (1, 2)}
+CONFIGS = {
+    "pairs used twice": CONFIG,
+    "fresh batches": replace(CONFIG, reuse_batch=False),
+    "micro-batches": replace(CONFIG, accumulate=2),
+    "BiGAN": replace(RECIPES["bigan-mnist-mlp"], model=_MLP, lr_decay_images=16, **SHORT),
+    "SS-GAN": replace(CONFIG, model=_GAN, rotated_batch_size=16),
+    "reversible": replace(CONFIG, model=change(TINY, encoder=_REVNET), reversible=True),
+}
+STOP = {"max_minutes": 1e-9}  # after one step
+STOPPED = ("micro-batches", "stream")
 
 CHILD = """
 import hashlib, json, os, sys
+from datetime import timedelta
 import torch
+import torch.distributed as dist
 torch.set_num_threads(1)
-sys.path.insert(0, sys.argv[3])
-from test_distributed import CONFIG, loop, open_dataset
+sys.path.insert(0, sys.argv[2])
+from bigbigan.training.data import open_training_data
+from test_distributed import CONFIGS, loop
 runs, build = [], loop._Run.__init__
 def remember(self, *arguments):
     runs.append(self)
     build(self, *arguments)
 loop._Run.__init__ = remember
-loop.train(CONFIG, open_dataset(sys.argv[1]), sys.argv[2], workers=0, **json.loads(sys.argv[4]))
-digest = hashlib.sha256()
-for name, network in sorted(runs[0]._networks().items()):
-    for key, value in network.state_dict().items():
-        digest.update(value.numpy().tobytes())
-print(f"DIGEST {digest.hexdigest()}\\n", end="", flush=True)  # in one write: ranks share a pipe
+rank = int(os.environ["RANK"])
+store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+for number, (processes, name, data, run, options) in enumerate(json.loads(sys.argv[1])):
+    if rank >= processes:
+        continue
+    # torchrun's store still holds where the processes of the last run met
+    met = dist.PrefixStore(str(number), store)
+    dist.init_process_group("gloo", None, timedelta(minutes=2), processes, rank, met)
+    loop.train(CONFIGS[name], open_training_data(data), run, workers=0, **options)
+    dist.destroy_process_group()
+    digest = hashlib.sha256()
+    for _, network in sorted(runs[-1]._networks().items()):
+        for value in network.state_dict().values():
+            digest.update(value.numpy().tobytes())
+    print(f"DIGEST {number} {digest.hexdigest()}\\n", end="", flush=True)  # in one write: ranks share a pipe
 """
 
 
@@ -69,53 +111,105 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def torchrun(processes: int, photos: Path, run: Path, **options: Any) -> list[str]:
-    """What each rank's weights and averages hash to."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    script = run.parent / "child.py"
+Job = tuple[int, str, str, Path, dict[str, Any]]  # processes, configuration, data, run folder, options
+
+
+def torchrun(script: Path, jobs: list[Job]) -> dict[str, set[str]]:
+    """What the weights and averages hash to in the processes of each run folder's last run."""
     script.write_text(CHILD)
-    command += [str(script), str(photos), str(run), str(Path(__file__).parent), json.dumps(options)]
-    root = str(Path(__file__).parents[1])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4", str(script)]
+    command += [json.dumps(jobs, default=str), str(Path(__file__).parent)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    return re.findall("DIGEST ([0-9a-f]{64})", done.stdout)
+    lines = re.findall("DIGEST ([0-9]+) ([0-9a-f]{64})", done.stdout)
+    assert len(lines) == sum(job[0] for job in jobs)
+    return {job[3].name: {digest for i, digest in lines if int(i) == number} for number, job in enumerate(jobs)}
 
 
-def newest(run: Path) -> dict[str, torch.Tensor]:
-    folder = max((run / "checkpoints").iterdir())
-    return {f"{f.stem}.{k}": v for f in sorted(folder.glob("*.safetensors")) for k, v in load_file(f).items()}
+def checkpoints(run: Path) -> list[str]:
+    return sorted(path.name for path in (run / "checkpoints").iterdir())
 
 
-def largest_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
-    assert a.keys() == b.keys() and len(a) > 100
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """Of the newest checkpoint or snapshot in a folder."""
+    files = sorted(max(folder.iterdir()).glob("*.safetensors"))
+    return {f"{file.stem}.{key}": value for file in files for key, value in load_file(file).items()}
+
+
+def largest_difference(one: Path, other: Path) -> float:
+    a, b = tensors(one), tensors(other)
+    assert a.keys() == b.keys() and len(a) > 10
     return max((a[key] - b[key]).abs().max().item() for key in a)
 
 
-@pytest.mark.parametrize("processes", [2, 4])
-def test_same_weights_as_one_process_after_three_steps(processes: int, photos: Path, tmp_path: Path) -> None:
-    loop.train(CONFIG, open_dataset(photos), tmp_path / "one", workers=0)
-    digests = torchrun(processes, photos, tmp_path / "several")
-    assert len(digests) == processes and len(set(digests)) == 1  # networks and averages, on all ranks
-    assert largest_difference(newest(tmp_path / "one"), newest(tmp_path / "several")) < 1e-9
-    models = [load_file(tmp_path / run / "snapshots" / "images-0000000024" / "encoder.safetensors")
-              for run in ("one", "several")]  # fmt: skip
-    assert max((models[0][key] - models[1][key]).abs().max().item() for key in models[0]) < 1e-5  # in float32
+@dataclass
+class Several:
+    """A number of processes, the folder of their runs, and what `torchrun` found."""
+
+    processes: int
+    folder: Path
+    digests: dict[str, set[str]]
 
 
-def test_a_run_goes_on_with_another_number_of_processes(photos: Path, tmp_path: Path) -> None:
-    torchrun(2, photos, tmp_path / "run", max_minutes=1e-9)  # one step
-    loop.train(CONFIG, open_dataset(photos), tmp_path / "run", workers=0)
-    loop.train(CONFIG, open_dataset(photos), tmp_path / "one", workers=0)
-    assert largest_difference(newest(tmp_path / "one"), newest(tmp_path / "run")) < 1e-9
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
+def several(request: pytest.FixtureRequest, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Several:
+    folder = tmp_path_factory.mktemp("several")
+    images = [file.read_bytes() for file in sorted(photos.iterdir())]
+    for shard, rows in enumerate((slice(9), slice(9, 13), slice(13, 20))):
+        parquet.write_table(pyarrow.table({"image": images[rows]}), folder / f"{shard}.parquet")
+    stream = f"hf:parquet?data_files={folder}/*.parquet&label=&streaming=1&block=4"
+    data = dict.fromkeys(CONFIGS, str(photos)) | {"stream": stream}
+
+    def job(name: str, run: str, options: dict[str, Any], processes: int = request.param) -> Job:
+        return processes, name if name in CONFIGS else "fresh batches", data[name], folder / run, options
+
+    jobs = [job(name, name, {}) for name in data]
+    jobs += [job(name, f"stopped {name}", options) for name in STOPPED for options in (STOP, {})]
+    jobs += [job("pairs used twice", "changing", STOP, processes) for processes in (4, 2, 4)]
+    return Several(request.param, folder, torchrun(folder / "child.py", jobs))
+
+
+def split_like(processes: int) -> Callable[[Batch, int], Iterator[Batch]]:
+    """Batch norm sees each micro-batch alone, and several processes make it up of a piece of each one's share."""
+
+    def split(batch: Batch, pieces: int) -> Iterator[Batch]:
+        for rows in torch.arange(len(batch.x)).view(processes, pieces, -1).unbind(1):
+            yield Batch(batch.x[rows.flatten()], batch.z[rows.flatten()], batch.noise[rows.flatten()])
+
+    return split
+
+
+@pytest.mark.filterwarnings("ignore:this model was trained on grey images")
+@pytest.mark.parametrize("name", CONFIGS)
+def test_same_weights_as_one_process_after_three_steps(
+    name: str, several: Several, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert len(several.digests[name]) == 1
+    monkeypatch.setattr(Batch, "split", split_like(several.processes))
+    loop.train(CONFIGS[name], open_dataset(photos), tmp_path, workers=0)
+    assert largest_difference(tmp_path / "checkpoints", several.folder / name / "checkpoints") < 1e-9
+    assert largest_difference(tmp_path / "snapshots", several.folder / name / "snapshots") < 1e-5  # in float32
+
+
+def test_a_run_goes_on_bit_for_bit(several: Several) -> None:
+    for name in STOPPED:
+        assert checkpoints(several.folder / f"stopped {name}") == ["step-00000001", "step-00000003"]
+        assert several.digests[f"stopped {name}"] == several.digests[name] and len(several.digests[name]) == 1
+
+
+def test_a_run_goes_on_with_another_number_of_processes(several: Several, photos: Path, tmp_path: Path) -> None:
+    loop.train(CONFIG, open_dataset(photos), tmp_path, workers=0)
+    assert checkpoints(several.folder / "changing") == ["step-00000002", "step-00000003"]
+    assert largest_difference(tmp_path / "checkpoints", several.folder / "changing" / "checkpoints") < 1e-9
 
 
 def test_a_batch_that_does_not_split_is_refused() -> None:
     pair = Processes(0, 2)
     with pytest.raises(ValueError, match=r"a batch of 7 does not split into 2 pieces.*multiple of 2"):
-        loop.check_split(dataclasses.replace(CONFIG, batch_size=7), pair)
+        loop.check_split(replace(CONFIG, batch_size=7), pair)
     with pytest.raises(ValueError, match="8 does not split into 16 pieces"):
-        loop.check_split(dataclasses.replace(CONFIG, batch_size=8, accumulate=8), pair)
+        loop.check_split(replace(CONFIG, batch_size=8, accumulate=8), pair)
     with pytest.raises(ValueError, match="batch_size 8 is one image a micro-batch"):
-        loop.check_split(dataclasses.replace(CONFIG, batch_size=8, accumulate=8), Processes())
+        loop.check_split(replace(CONFIG, batch_size=8, accumulate=8), Processes())
     assert (pair.share(8), Processes(1, 2).share(8)) == (slice(0, 4), slice(4, 8))

@@ -117,22 +117,28 @@ class Processes:
 def join_processes(device: str = "cpu", timeout_minutes: float = 30.0) -> Iterator[Processes]:
     """The processes that torchrun started (WORLD_SIZE and its kin in the environment), or this one alone.
 
+    A process group that the caller has begun is taken, and stays: needed to train more than once in one process, which
+    torch cannot join twice under one torchrun. Its own timeout counts, then.
+
     On "cuda" each takes the device of its local rank. After `timeout_minutes` without an answer a collective fails.
     A process that fails only because another one did waits a moment, so that torchrun names the other.
     """
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    begun = dist.is_available() and dist.is_initialized()
+    world_size = dist.get_world_size() if begun else int(os.environ.get("WORLD_SIZE", "1"))
     if world_size == 1:
         yield Processes(device=torch.device(device))
         return
-    rank, local = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
+    rank, local = dist.get_rank() if begun else int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
     own = torch.device("cuda", local) if device.startswith("cuda") else torch.device(device)
     if own.type == "cuda":
         torch.cuda.set_device(own)
-    dist.init_process_group("nccl" if own.type == "cuda" else "gloo", timeout=timedelta(minutes=timeout_minutes))
+    if not begun:
+        dist.init_process_group("nccl" if own.type == "cuda" else "gloo", timeout=timedelta(minutes=timeout_minutes))
     try:
         yield Processes(rank, world_size, own)
     except RuntimeError:  # of a collective, as a rule
         time.sleep(ECHO_SECONDS)
         raise
     finally:
-        dist.destroy_process_group()
+        if not begun:
+            dist.destroy_process_group()
