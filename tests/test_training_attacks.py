@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -210,6 +211,33 @@ def test_a_signal_does_not_wait_for_a_snapshot(photos: Path, tmp_path: Path, mon
         assert steps(run) == [1, 2] and not any((run / "snapshots").iterdir())
     monkeypatch.undo()
     assert metrics(train(photos, run)) == metrics(train(photos, tmp_path / "whole"))
+
+
+def test_a_second_signal_ends_a_stuck_step_at_once(photos: Path, tmp_path: Path) -> None:
+    code = (
+        "import sys, time; sys.path.insert(0, sys.argv[3])\n"
+        "from test_training_attacks import Path, loop, train\n"
+        "plain = loop.train_step\n"
+        "def step(state, batches, num_images):\n"
+        "    if num_images == 8: print('stuck', flush=True); time.sleep(60)\n"
+        "    return plain(state, batches, num_images)\n"
+        "loop.train_step = step\n"
+        "train(Path(sys.argv[1]), Path(sys.argv[2]))"
+    )
+    run = tmp_path / "run"
+    command = [sys.executable, "-c", code, str(photos), str(run), os.path.dirname(__file__)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as child:
+        try:
+            assert child.stdout is not None and child.stdout.readline() == b"stuck\n"
+            child.terminate()
+            time.sleep(loop.REPEAT_SECONDS + 0.5)
+            assert child.poll() is None
+            child.terminate()
+            assert child.wait(10) == -signal.SIGTERM
+        finally:
+            child.kill()
+    saved = load_checkpoint(run / "checkpoints")
+    assert saved is not None and saved.step == 1
 
 
 def test_a_snapshot_that_fails_is_made_again(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
