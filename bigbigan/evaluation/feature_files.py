@@ -131,7 +131,9 @@ def read_features(path: str | Path, *, rows: int | None = None) -> dict[str, Row
     features: dict[str, Rows] = {}
     for name, array in arrays.items():
         if array.ndim != 2 or array.dtype.kind not in "fiu" or not array.shape[1]:
-            raise ValueError(f"{path}: {name} is {array.dtype} {list(array.shape)}; expected numbers [N, D]")
+            raise ValueError(
+                f"{path}: {name} is {array.dtype} {list(array.shape)}; expected numbers [N, D]; leave it out"
+            )
         if rows is not None and len(array) != rows:
             raise ValueError(
                 f"{path}: {name} has {len(array)} rows for {rows} images; give one row an image, in their order"
@@ -185,7 +187,9 @@ def _read_parquet(path: Path) -> dict[str, Any]:
         if pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type):
             continue
         if not (pyarrow.types.is_fixed_size_list(column.type) or pyarrow.types.is_list(column.type)):
-            raise ValueError(f"column {name} is {column.type}; expected lists of numbers")
+            raise ValueError(
+                f"column {name} is {column.type}; expected lists of numbers (labels come from --data): leave it out"
+            )
         lengths = pyarrow.compute.list_value_length(column).unique().to_pylist()
         if len(lengths) > 1 or None in lengths:
             raise ValueError(f"lists of column {name} have {lengths[:5]} values; give each row as many")
