@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import signal
+import sys
 import threading
 from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -153,6 +154,8 @@ def decode_jobs(decoder: Decoder, jobs: Iterable[Job], workers: int) -> Generato
         num_workers=workers,
         prefetch_factor=2 if workers else None,
         worker_init_fn=_leave_signals if workers else None,
+        # Workers inherit images in memory; started otherwise, as Python 3.14 does by default, each gets a pickled copy.
+        multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
         collate_fn=_unchanged,  # type: ignore[arg-type]  # with batch_size=None it gets an item, not a list
         generator=torch.Generator(),  # without one, torch's global state would move
     )
