@@ -378,7 +378,7 @@ def initialize(module: nn.Module, generator: torch.Generator, initializer: Initi
         elif isinstance(layer, SelfAttention):
             nn.init.zeros_(layer.gamma)
         if (shared := getattr(layer, "shared", None)) is not None:
-            nn.init.normal_(shared, generator=generator)
+            nn.init.orthogonal_(shared[None], generator=generator)  # the one row of BigGAN's embedding: of length 1
     return module
 
 

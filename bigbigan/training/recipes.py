@@ -131,7 +131,7 @@ _TABLE_1: _Rows = (
      "google/compare_gan, but nearest upsampling and gains of 1 + linear as BigGAN's PyTorch code"),
     ("model.generator.prior", "second hand", "paper, section 3.1"),
     ("model.generator.shared_dim", "second hand", "one label for all images (paper, section 3.1), so one learned "
-     "vector, of google/compare_gan's size; that it starts from N(0, 1) is chosen"),
+     "vector, of google/compare_gan's size"),
     ("model.generator.bn_eps", "chosen", "as DeepMind's released BigGAN; not stated for BigBiGAN"),
     ("model.discriminator", "second hand", "F is BigGAN's (paper, section 3.1): google/compare_gan and BigGAN's "
      "PyTorch code"),
@@ -187,7 +187,7 @@ _BASELINE: _Rows = (
     ("model.generator", "read", "BigGAN's at 128 pixels: google/compare_gan, but nearest upsampling and gains of "
      "1 + linear as BigGAN's PyTorch code"),
     ("model.generator.shared_dim", "read", "google/compare_gan with one label for all (single_class_imagenet_128), so "
-     "one learned vector; that it starts from N(0, 1) is chosen"),
+     "one learned vector"),
     ("model.generator.z_chunks", "read", "google/compare_gan"),
     ("model.generator.bn_eps", "chosen", "as DeepMind's released BigGAN; google/compare_gan has 1e-5"),
     ("model.discriminator", "read", "BigGAN's at 128 pixels without the label's projection: google/compare_gan and "
