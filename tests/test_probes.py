@@ -406,7 +406,7 @@ def test_full_size_and_embedded_models_take_the_same_road(
     for what, options, figures in (
         ("knn", ("--k", 1), {"accuracy"}),
         ("reconstruction", ("--grid", tmp_path / "pairs.png"), {"label_agreement", "pixel_l1"}),
-        ("generation", ("-n", 4, "--kid-subsets", 0, *network), set()),
+        ("generation", ("-n", 4, "--kid-subsets", 0, *network), {"samples"}),
         ("retrieval", ("--query-split", "test", "--k", 1, "-o", tmp_path / "near.png"), {"precision"}),
     ):
         target = tmp_path / f"{what}.json"

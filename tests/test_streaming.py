@@ -269,10 +269,15 @@ def test_streams_follow_the_paths_of_image_folders_and_archives(tmp_path: Path):
 def test_errors_of_names(nested: Path, monkeypatch):
     datasets = pytest.importorskip("datasets")
     for spec, message in (
-        ("hf:", "no name; give NAME"),
-        (f"hf:{nested}?colum=x", "colum; give NAME.option=value&…, of column, label, max_bad_fraction, block"),
+        ("hf:", "hf: names no dataset; give hf:NAME"),
+        (
+            f"hf:{nested}?colum=x",
+            "no option 'colum=x', or has it twice; options are column, label, max_bad_fraction, block",
+        ),
         (f"hf:{nested}", "no column image; its columns are views, text, label: name it with .column="),
         (f"hf:{nested}?column=views.back", "no column views.back"),
+        (f"hf:{nested}?streaming", "no option 'streaming'"),
+        (f"hf:{nested}?column=views.front&streaming=1&block=many", "block is 'many'; give a number of images"),
         (f"hf:{nested}?column=text", "images as string"),
         (f"hf:{nested}?column=text.a", "no column text.a"),
         (f"hf:{nested}?column=views.front&label=text", "labels as string"),

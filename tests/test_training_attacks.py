@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import json
@@ -141,9 +142,10 @@ def test_probes_of_few_labelled_images_take_those_there_are(caplog: pytest.LogCa
     config = dataclasses.replace(CONFIG, probe_images=15_000)
     monitor = Monitor(images, labels, config)
     assert monitor.chosen is not None and (monitor.fitted, len(monitor.chosen.unique())) == (30, 40)
-    assert "has 40 labelled images: the snapshots' probes fit on 30 and score 10" in caplog.text
+    assert "has 40 labelled images of 2 classes: the snapshots' probes fit on 30 and score 10" in caplog.text
     assert Monitor(images, torch.full((40,), -1), config).chosen is None
-    assert "has 0 labelled images: the snapshots' probes are left out" in caplog.text
+    assert "has 0 labelled images of 0 classes: the snapshots' probes are left out" in caplog.text
+    assert Monitor(images, labels, dataclasses.replace(CONFIG, probe_images=30)).fitted == 30
 
 
 def test_a_run_of_another_version_goes_on(
@@ -152,14 +154,15 @@ def test_a_run_of_another_version_goes_on(
     """Whose configuration lacks fields that came later, and which says what may be different."""
     run = tmp_path / "run"
     older = {key: value for key, value in to_dict(CONFIG).items() if key not in ("separate_passes", "lr_decay")}
+    del older["augmentation"]["filter"]
     with monkeypatch.context() as then:
         then.setattr(loop, "VERSIONS", {"bigbigan": "0.0.1", "torch": "2.4.0"})
         then.setattr(runfolder, "to_dict", lambda _: older)
         train(photos, run, max_minutes=1e-9)
     assert metrics(train(photos, run)) == metrics(train(photos, tmp_path / "whole"))
-    assert "it was written by {'bigbigan': '0.0.1', 'torch': '2.4.0'}; with {'bigbigan': " in caplog.text
+    assert "step-00000001 was written by bigbigan 0.0.1, torch 2.4.0: with bigbigan " in caplog.text
     assert runfolder.read_run_config(run) == CONFIG
-    assert caplog.text.count("it was written by") == 1
+    assert caplog.text.count("was written by") == 1
     with pytest.raises(ConfigError, match=r"train\.lr_decay was 1\.0, now 0\.5"):
         loop.train(dataclasses.replace(CONFIG, lr_decay=0.5), open_dataset(photos), run)
 
@@ -201,7 +204,8 @@ def test_a_signal_does_not_wait_for_a_snapshot(photos: Path, tmp_path: Path, mon
     run = tmp_path / "run"
 
     def long(*_: Any) -> None:
-        signal.raise_signal(signal.SIGTERM)
+        with contextlib.suppress(Exception):  # as libraries do, to say what they were about
+            signal.raise_signal(signal.SIGTERM)
         pytest.fail("the snapshot went on")
 
     for _ in range(2):
@@ -211,6 +215,21 @@ def test_a_signal_does_not_wait_for_a_snapshot(photos: Path, tmp_path: Path, mon
         assert steps(run) == [1, 2] and not any((run / "snapshots").iterdir())
     monkeypatch.undo()
     assert metrics(train(photos, run)) == metrics(train(photos, tmp_path / "whole"))
+
+
+def test_a_signal_lets_a_snapshot_be_kept(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once it is measured, so that none stays that should have gone."""
+    plain = loop.keep_snapshot
+
+    def keep(model: Any, folder: Path, *arguments: Any, **options: Any) -> Any:
+        if model.info.provenance["num_images"] == 24:
+            signal.raise_signal(signal.SIGTERM)
+        return plain(model, folder, *arguments, **options)
+
+    monkeypatch.setattr(loop, "keep_snapshot", keep)
+    with pytest.raises(loop.TrainingStopped):
+        train(photos, tmp_path / "run")
+    assert [path.name for path in (tmp_path / "run" / "snapshots").iterdir()] == ["images-0000000024"]
 
 
 def test_a_second_signal_ends_a_stuck_step_at_once(photos: Path, tmp_path: Path) -> None:

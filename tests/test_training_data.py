@@ -129,16 +129,23 @@ def test_options_behind_a_path_come_before_arguments(tmp_path: Path):
     path, images = tmp_path / "train.parquet", [png(3), b"no image"] * 2
     parquet.write_table(pyarrow.table({"img": images, "image": [png(5)] * 4, "fine": [7, 8, 9, 6]}), path)
     options = "?column=img&label=fine&max_bad_fraction=0.5"
-    for where, split in ((f"{path}{options}", "train[:3]"), (f"{tmp_path}{options}", "train[:3]")):
-        data = open_dataset(where, split=split, label_column=None, max_bad_fraction=0)
+    for where in (path, tmp_path):
+        data = open_dataset(f"{where}{options}", split="train[:3]", label_column=None, max_bad_fraction=0)
         assert np.array_equal(data.decode_all(PLAIN, 1).numpy(), expected(3, 3, 3))
         assert data.labels.tolist() == [7, 9, 9]  # an unreadable image takes the label of its replacement, too
     assert open_dataset(f"{path}?column=img&label=").labels.tolist() == [-1] * 4
-    assert open_dataset(f"{path}?column=img&label=").digest != open_dataset(f"{path}?label=").digest
+    named = ("", "?column=img", "?column=img&label=")
+    assert len({open_dataset(f"{path}{options}", label_column="fine").digest for options in named}) == 3
     odd = tmp_path / "odd?label=fine"
     odd.mkdir()
     assert open_dataset(write_images(odd, ["a/1.png"])).labels.tolist() == [0]  # a folder of that very name
-    for bad, message in (("?colum=img", "colum; give NAME?option=value&…, of column, label, max_bad"),
+    folder = write_images(tmp_path / "pictures", ["a/1.png"])
+    assert open_dataset(f"{folder}?label=&max_bad_fraction=1e-3").labels.tolist() == [-1]
+    with pytest.raises(ValueError, match=r"pictures holds image files, which have no columns: .* only label= fits"):
+        open_dataset(f"{folder}?label=fine")
+    for bad, message in (("?colum=img", "no option 'colum=img', or has it twice; options are column, label, max_bad"),
+                         ("?label", "no option 'label'"),
+                         ("?label=a&label=b", "no option 'label=b', or has it twice"),
                          ("?max_bad_fraction=2", "max_bad_fraction is '2'; give a number from 0 to 1")):  # fmt: skip
         with pytest.raises(ValueError, match=re.escape(message)):
             open_dataset(f"{path}{bad}")

@@ -184,7 +184,7 @@ def row_names(data: str, split: str, dataset: ImageDataset) -> list[str]:
     """What each image of a split is called without its suffix: its path in the split's folder, or 000000, 000001, …"""
     from bigbigan.training.sources import split_options
 
-    if not isinstance(dataset.sources[0], Path):
+    if data.startswith("hf:") or not isinstance(dataset.sources[0], Path):
         return [f"{index:06d}" for index in range(len(dataset))]
     data, _ = split_options(data)
     folder = Path(data) / split.partition("[")[0]

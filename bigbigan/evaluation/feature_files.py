@@ -132,7 +132,7 @@ def read_features(path: str | Path, *, rows: int | None = None) -> dict[str, Row
     for name, array in arrays.items():
         if array.ndim != 2 or array.dtype.kind not in "fiu" or not array.shape[1]:
             raise ValueError(
-                f"{path}: {name} is {array.dtype} {list(array.shape)}; expected numbers [N, D]; leave it out"
+                f"{path}: {name} is {array.dtype} {list(array.shape)}; expected numbers [N, D], or leave it out"
             )
         if rows is not None and len(array) != rows:
             raise ValueError(
@@ -188,7 +188,7 @@ def _read_parquet(path: Path) -> dict[str, Any]:
             continue
         if not (pyarrow.types.is_fixed_size_list(column.type) or pyarrow.types.is_list(column.type)):
             raise ValueError(
-                f"column {name} is {column.type}; expected lists of numbers (labels come from --data): leave it out"
+                f"column {name} is {column.type}; expected lists of numbers; leave labels out, they come from --data"
             )
         lengths = pyarrow.compute.list_value_length(column).unique().to_pylist()
         if len(lengths) > 1 or None in lengths:

@@ -128,9 +128,9 @@ def join_processes(device: str = "cpu", timeout_minutes: float = 30.0) -> Iterat
     if world_size == 1:
         yield Processes(device=torch.device(device))
         return
-    rank, local = dist.get_rank() if begun else int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
-    own = torch.device("cuda", local) if device.startswith("cuda") else torch.device(device)
+    rank, own = dist.get_rank() if begun else int(os.environ["RANK"]), torch.device(device)
     if own.type == "cuda":
+        own = torch.device("cuda", int(os.environ.get("LOCAL_RANK", torch.cuda.current_device())))
         torch.cuda.set_device(own)
     if not begun:
         dist.init_process_group("nccl" if own.type == "cuda" else "gloo", timeout=timedelta(minutes=timeout_minutes))

@@ -43,9 +43,13 @@ def open_hugging_face(
     """
     name, options = split_options(spec, _OPTIONS)
     name = name.removeprefix("hf:")
+    if not name:
+        raise ValueError(f"{spec} names no dataset; give hf:NAME?option=value&…")
     column, label_column = options.get("column", column), options.get("label", label_column) or None
     split, streaming = options.get("split", split), options.get("streaming", "") not in ("", "0", "false")
-    max_bad_fraction = float(options.get("max_bad_fraction", max_bad_fraction))
+    max_bad_fraction, block = options.get("max_bad_fraction", max_bad_fraction), options.get("block", str(BLOCK))
+    if not block.isdecimal() or not int(block):
+        raise ValueError(f"{spec}: block is {block!r}; give a number of images")
     loaded = _load(_import(spec), spec, name, options, split, streaming)
     schema = loaded.features.arrow_schema if loaded.features else next(loaded.with_format("arrow").iter(1)).schema
     image, label = (
@@ -65,7 +69,7 @@ def open_hugging_face(
             class_names=classes,
             num_images=known.num_examples or None if known else None,
             max_bad_fraction=max_bad_fraction,
-            block=int(options.get("block", BLOCK)),
+            block=int(block),
         )
     if not len(loaded):
         raise ValueError(f"{spec} holds no rows")

@@ -86,7 +86,8 @@ def train(
         keep: newest checkpoints that stay; that of the best snapshot stays beside them.
         keep_snapshots: all of them, not the newest and the best alone.
         workers: processes that decode images, for each training process; None: by the number of cores.
-        timeout_minutes: without an answer from another process, after which a process gives up.
+        timeout_minutes: without an answer from another process, after which a process gives up; in a process group
+            that the caller has begun, its own timeout counts instead.
         init: a model that the run starts from; at step 0 its networks compute exactly what this one does.
         tensorboard: also write `tensorboard/` in the run folder.
 
@@ -216,7 +217,7 @@ class _Run:
             logger.info("%s, %.0f minutes left", json.dumps(record), left)
 
     def snapshot(self, signals: _Signals) -> None:
-        """Exports a model, looks at it, and keeps it beside the best; a signal gives it up and ends the run.
+        """Exports a model, looks at it, and keeps it beside the best; a signal to the main process gives it up.
 
         Raises:
             TrainingStopped: in all processes, after a signal to one.
@@ -224,23 +225,23 @@ class _Run:
 
         def work() -> None:
             try:
-                with signals.interrupting():
-                    self._snapshot()
+                self._snapshot(signals)
             except _Interrupted:
                 logger.warning("the snapshot at %d images is put off until the run goes on", self.num_images)
 
         self.processes.on_main(work)
         signals.end_if_received(self.processes)
 
-    def _snapshot(self) -> None:
+    def _snapshot(self, signals: _Signals) -> None:
         assert self.monitor is not None
         hours = (self.seconds + time.monotonic() - self.tick) / 3600 * self.processes.world_size
         facts = {"num_images": self.num_images, "hours": round(hours, 2)}
         info = ModelInfo(self.config.name, source="trained with the bigbigan package", provenance=facts)
-        model, samples = inference_model(self.training, self.images, info), self.folder / "samples"
         # Large encoders would take hours on the CPU, while the others wait. (mps has no float64, as probes need.)
-        device = self.training.device
-        scores = self.monitor(model.to(device if device.type == "cuda" else "cpu"), self.num_images, samples)
+        device, samples = self.training.device, self.folder / "samples"
+        with signals.interrupting():
+            model = inference_model(self.training, self.images, info)
+            scores = self.monitor(model.to(device if device.type == "cuda" else "cpu"), self.num_images, samples)
         model.cpu()
         self._write({"num_images": self.num_images, **scores})
         if self.tensorboard is not None:
@@ -296,7 +297,11 @@ class _Run:
         if self.processes.is_main:
             logger.info("going on from %s", checkpoint.path)
             if (before := checkpoint.state.get("versions", {})) != VERSIONS:
-                logger.warning("it was written by %s; with %s the run may go on a little differently", before, VERSIONS)
+                older = ", ".join(map(" ".join, before.items())) or "an earlier version"
+                logger.warning(
+                    "%s was written by %s: with %s, the run may go on a little differently",
+                    *(checkpoint.path, older, ", ".join(map(" ".join, VERSIONS.items()))),
+                )
         self.step, self.seconds, self.best = checkpoint.step, checkpoint.state["seconds"], checkpoint.state["best"]
         # A checkpoint is older than its step's snapshot, which may have been lost; only a finished run is known whole.
         done = self.step == self.total and (self.folder / "snapshots" / snapshot_name(self.num_images)).exists()
@@ -357,8 +362,8 @@ def check_split(config: TrainConfig, processes: Processes) -> None:
         raise ValueError(f"batch_size {config.batch_size} is one image a micro-batch; batch norm needs two or more")
 
 
-class _Interrupted(Exception):
-    """A signal came during work that may be given up."""
+class _Interrupted(BaseException):
+    """A signal came during work that may be given up; no Exception, which that work might handle."""
 
 
 class _Signals:

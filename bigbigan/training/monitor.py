@@ -35,7 +35,10 @@ class Monitor:
         self.chosen: Tensor | None = None
         if config.probe_images and config.model.encoder is not None:
             labelled = order[labels[order] >= 0]
-            self.fitted = n = min(config.probe_images, 3 * len(labelled) // 4)
+            n = config.probe_images
+            if len(labelled) < n + n // 3:
+                n = 3 * len(labelled) // 4
+            self.fitted = n
             known = labels[labelled[:n]].unique()
             scored = labelled[n : n + n // 3]
             scored = scored[torch.isin(labels[scored], known)]  # of a rare class there may be none to learn from
@@ -43,7 +46,11 @@ class Monitor:
                 self.chosen = torch.cat([labelled[:n], scored])
             if self.chosen is None or n < config.probe_images:
                 how = f"fit on {n} and score {len(scored)}" if self.chosen is not None else "are left out"
-                logger.warning("the data has %d labelled images: the snapshots' probes %s", len(labelled), how)
+                classes = len(labels[labelled].unique())
+                logger.warning(
+                    "the data has %d labelled images of %d classes: the snapshots' probes %s",
+                    *(len(labelled), classes, how),
+                )
         self.images, self.labels = images, labels
 
     @torch.no_grad()

@@ -214,8 +214,8 @@ _BASELINE: _Rows = (
 )  # fmt: skip
 _SS_GAN: _Rows = (
     ("model.discriminator.rotation_head", "read", "linear on F(x): google/compare_gan, ssgan.py"),
-    ("rotated_batch_size", "recalled", "a quarter of the batch, as in the SS-GAN paper; google/compare_gan has no "
-     "default"),
+    ("rotated_batch_size", "recalled", "a quarter of the batch, as in the SS-GAN paper; counted, as google/compare_gan "
+     "does, over all four turns. It has no default, and the paper may count images before they are turned"),
     ("rotation_weight_d rotation_weight_g", "read", "google/compare_gan, ssgan.py"),
 )  # fmt: skip
 _AUTHORS_MNIST: _Rows = (
@@ -247,7 +247,8 @@ _SMALL_HINGE: _Rows = (
 )
 _SMALL_ENCODER: _Rows = (("encoder_lr_multiplier", "chosen", "between the 1 and 10 of BigBiGAN's Table 1"),)
 _SMALL_BIGAN: _Rows = (
-    ("model.generator.prior model.encoder.output model.discriminator.scores objective d_steps lr_g lr_d "
+    ("model.encoder.output", "chosen", "tanh; jeffdonahue/bigan has 2 sigmoid - 1, which is tanh of half"),
+    ("model.generator.prior model.discriminator.scores objective d_steps lr_g lr_d "
      "encoder_lr_multiplier adam_beta1", "read", "jeffdonahue/bigan, on MNIST"),
 )  # fmt: skip
 

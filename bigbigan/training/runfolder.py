@@ -19,6 +19,7 @@ from bigbigan.evaluation.features import digest
 from bigbigan.files import atomic_write, sync
 from bigbigan.model import BigBiGAN
 from bigbigan.schema import ConfigError, from_dict, to_dict
+from bigbigan.training.augment import AugmentationConfig
 from bigbigan.training.checkpoint import remove_leftovers
 from bigbigan.training.config import TrainConfig
 from bigbigan.training.sources import ImageDataset
@@ -124,8 +125,11 @@ def read_run_config(run: str | os.PathLike[str]) -> TrainConfig:
 
 def _completed(train: dict[str, Any]) -> dict[str, Any]:
     """With the fields that newer versions of the package have: their defaults are what was done before."""
-    fields = dataclasses.fields(TrainConfig)
-    return {field.name: field.default for field in fields if field.default is not dataclasses.MISSING} | train
+    fields, crops = dataclasses.fields(TrainConfig), train.get("augmentation", {})
+    defaults = {field.name: field.default for field in fields if field.default is not dataclasses.MISSING}
+    return (
+        defaults | train | {"augmentation": to_dict(AugmentationConfig()) | crops if isinstance(crops, dict) else crops}
+    )
 
 
 def _differences(found: Any, wanted: Any, where: str) -> Iterator[str]:

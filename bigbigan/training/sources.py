@@ -13,7 +13,6 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import parse_qsl
 
 import numpy as np
 import torch
@@ -53,7 +52,7 @@ class UnreadableImages:
             first = "; ".join(self.reasons[index] for index in sorted(self.reasons)[:5])
             raise ValueError(
                 f"{len(self.reasons)} of {total} images cannot be read, more than {self._max_fraction:.2%}: "
-                f"{first}. Repair or remove them, or add ?max_bad_fraction=0.01 to the path"
+                f"{first}. Repair or remove them, or raise max_bad_fraction, an option of the path"
             )
         if new:
             names = "; ".join(new[index] for index in sorted(new))
@@ -236,8 +235,8 @@ def open_training_data(
     such a set with `streaming` is an `ImageStream`.
 
     The digest of Parquet is that of the files' bytes end to end, or above `max_bytes` of their footers, which hold the
-    size of each chunk, and of a `column` that is not "image"; that of image files covers their relative names, sizes
-    and modification times, and so changes where a copy does not keep the times.
+    size of each chunk, and of columns that are not "image" and "label"; that of image files covers their relative
+    names, sizes and modification times, and so changes where a copy does not keep the times.
 
     A split may have a range, as in the `datasets` package: "train[:50000]" is the first 50,000 images.
 
@@ -245,10 +244,6 @@ def open_training_data(
         ValueError: nothing of the kind at `path`, or it lacks the split, a shard or a column; or an unknown option.
         ImportError: Parquet without pyarrow, "hf:…" or more than `max_bytes` of Parquet without datasets.
     """
-    if not str(path).startswith("hf:"):
-        path, given = split_options(str(path))
-        column, label_column = given.get("column", column), given.get("label", label_column) or None
-        max_bad_fraction = float(given.get("max_bad_fraction", max_bad_fraction))
     part = re.fullmatch(r"(.+)\[(\d*):(\d*)\]", split)
     if part is not None and not str(path).startswith("hf:"):
         whole = open_dataset(
@@ -265,7 +260,11 @@ def open_training_data(
         from bigbigan.training.huggingface import open_hugging_face
 
         return open_hugging_face(str(path), split=split, **options)
-    path = Path(path)
+    name, given = split_options(str(path))
+    path = Path(name)
+    options |= {key: given[key] for key in ("column", "max_bad_fraction") if key in given}
+    if "label" in given:
+        options["label_column"] = given["label"] or None
     if path.suffix == ".parquet" and path.is_file():
         return _open_parquet([path], max_bytes=max_bytes, **options)
     if not path.is_dir():
@@ -288,23 +287,40 @@ def open_training_data(
         files = list_images(path)
     except ValueError as error:
         raise ValueError(f"no {split}.parquet, no {split}-*.parquet, and no images: {error}") from error
-    return _open_folder(path, files, max_bad_fraction)
+    if "column" in given or given.get("label"):
+        raise ValueError(f"{path} holds image files, which have no columns: of column and label, only label= fits")
+    dataset = _open_folder(path, files, options["max_bad_fraction"])
+    if "label" in given:
+        dataset.labels.fill_(-1)
+    return dataset
 
 
-def split_options(spec: str, known: Sequence[str] = OPTIONS) -> tuple[str, dict[str, str]]:
-    """`NAME?option=value&…` as name and options; a file or folder of that very name has none.
+def split_options(spec: str, known: Sequence[str] = OPTIONS) -> tuple[str, dict[str, Any]]:
+    """`NAME?option=value&…` as name and options, literally; a file or folder of that very name has none.
 
     Raises:
-        ValueError: an unknown option, or `max_bad_fraction` is not from 0 to 1.
+        ValueError: an unknown option, one without a value or given twice; or `max_bad_fraction` is not from 0 to 1.
     """
     if os.path.exists(spec):
         return spec, {}
     name, _, query = spec.partition("?")
-    options = dict(parse_qsl(query, keep_blank_values=True))
-    if (unknown := sorted(options.keys() - set(known))) or not name.removeprefix("hf:"):
-        raise ValueError(f"{spec}: {', '.join(unknown) or 'no name'}; give NAME?option=value&…, of {', '.join(known)}")
-    if not re.fullmatch(r"0?\.\d+|[01](\.0*)?", fraction := options.get("max_bad_fraction", "0")):
-        raise ValueError(f"{spec}: max_bad_fraction is {fraction!r}; give a number from 0 to 1")
+    options: dict[str, Any] = {}
+    for pair in filter(None, query.split("&")):
+        key, equals, value = pair.partition("=")
+        if key not in known or not equals or key in options:
+            raise ValueError(
+                f"{spec!r} is not there, and as NAME?option=value&… it has no option {pair!r}, or has it twice; "
+                f"options are {', '.join(known)}"
+            )
+        options[key] = value
+    if "max_bad_fraction" in options:
+        fraction = options["max_bad_fraction"]
+        try:
+            options["max_bad_fraction"] = float(fraction)
+        except ValueError:
+            options["max_bad_fraction"] = math.nan
+        if not 0 <= options["max_bad_fraction"] <= 1:
+            raise ValueError(f"{spec}: max_bad_fraction is {fraction!r}; give a number from 0 to 1")
     return name, options
 
 
@@ -318,8 +334,9 @@ def _open_parquet(
         raise ImportError(f"reading {files[0]} needs pyarrow: pip install 'bigbigan[train]'") from error
     in_memory = sum(file.stat().st_size for file in files) <= max_bytes
     digest, sources, labels, counts = hashlib.sha256(), list[Source](), list[int](), list[int]()
-    if column != "image":
-        digest.update(column.encode())
+    for usual, name in (("image", column), ("label", label_column or "")):
+        if name != usual:
+            digest.update(f"{usual}={name}&".encode())
     for path in files:
         try:
             with pyarrow.parquet.ParquetFile(path) as file:

@@ -2,7 +2,7 @@
 
 Each runs in a process of its own, on one thread. `kept` is what the graph holds between the two passes, beside weights;
 `peak` is how far the process rose above its size with weights and gradients in place, or for the whole step above its
-size after a first one: weights, averages and moments (Linux).
+size after a first one: weights, gradients, moments and averages (Linux).
 
 python -m tests.benchmarks.revnet_memory [--steps 3]
 python -m tests.benchmarks.revnet_memory --whole-step  # of bigbigan-revnet50x4, 8 images: 12 GB, some minutes
