@@ -88,7 +88,7 @@ def add_feature_options(parser: argparse.ArgumentParser, default: str) -> None:
         "--batch-size", type=positive, default=256, metavar="N", help="encoded at a time (default: 256)"
     )
     parser.add_argument(
-        "--workers", type=positive, default=2, metavar="N", help="processes that decode images (default: %(default)s)"
+        "--workers", type=positive, metavar="N", help="processes that decode images (default: by cores)"
     )
 
 
@@ -130,6 +130,8 @@ class Splits:
     """
 
     def __init__(self, arguments: argparse.Namespace) -> None:
+        from bigbigan.training.batches import default_workers
+
         self.train = _open_labelled(arguments.data, arguments.train_split)
         self.test = _open_labelled(arguments.data, arguments.test_split)
         check_classes(self.train.labels, arguments.data, arguments.train_split)
@@ -139,7 +141,7 @@ class Splits:
                 f"{arguments.data}: {arguments.test_split} has labels that {arguments.train_split} lacks: "
                 f"{unseen[:10]}; choose other splits, or leave these images out"
             )
-        self._size, self._workers = arguments.batch_size, arguments.workers
+        self._size, self._workers = arguments.batch_size, arguments.workers or default_workers()
         # A few: baselines share the model's preprocessing, but no sum of all decoded images should fill the memory.
         self.images = functools.lru_cache(maxsize=4)(self._images)
 

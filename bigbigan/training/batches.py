@@ -27,7 +27,7 @@ class Images:
 
     Args:
         in_memory: None: if the decoded images take at most `max_bytes`, and `augmentation` does not crop originals.
-        workers: processes that decode, of this process; None: one for each of its share of the cores, at most 16.
+        workers: processes that decode, of this process; None: `default_workers`.
 
     Raises:
         ValueError: `in_memory`, and they take more than `max_bytes`; or too many of them are unreadable.
@@ -47,7 +47,7 @@ class Images:
     ) -> None:
         self.config, self.channels = config, channels
         self.augmentation = augmentation or AugmentationConfig()
-        self.workers = _default_workers() if workers is None else workers
+        self.workers = default_workers() if workers is None else workers
         self.stream = data if isinstance(data, ImageStream) else None
         self.indexed = data.head(head) if isinstance(data, ImageStream) else data
         if in_memory is None:
@@ -75,7 +75,8 @@ class Images:
         return kind(self, batch_size, seed, augmentation=self.augmentation, rank=rank, world_size=world_size)
 
 
-def _default_workers() -> int:
+def default_workers() -> int:
+    """One for each of this process's share of the cores, at most 16."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(16, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))  # torchrun's processes a machine
 
