@@ -143,7 +143,18 @@ def test_lines_and_bars_have_their_values(tmp_path: Path, monkeypatch: pytest.Mo
     (group,) = group_records({"r": a_record()})
     assert plots.draw_group(group, tmp_path / "x.png")
     assert [bar.get_width() for bar in drawn[1].patches] == [50, 25]
-    assert [label.get_text() for label in drawn[1].get_yticklabels()] == ["model · avepool_feat", "raw|pixels · pixels"]
+    assert [label.get_text() for label in drawn[1].get_yticklabels()] == ["model", "raw|pixels"]
+
+
+def test_models_that_have_seen_different_numbers_of_images_are_bars(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Any] = []
+    monkeypatch.setattr("bigbigan.evaluation.plots._draw_bars", lambda path, *what: drawn.append(what))
+    rows = [{"samples": name, "images_seen": seen, "FID": seen / 100} for name, seen in (("a", 400), ("b", 300))]
+    (group,) = group_records({f"{row['samples']}.json": {**a_record(), "results": [row]} for row in rows})
+    assert draw_group(group, tmp_path / "x.png")
+    assert drawn == [("FID", ["a", "b"], [4.0, 3.0])]
 
 
 def make_run(folder: Path, *lines: dict[str, Any], end: str = "") -> Path:

@@ -22,17 +22,21 @@ PANELS = (
 
 
 def draw_group(group: Group, path: Path) -> bool:
-    """The main figure of each row: lines where something is swept, else bars. Returns whether there was anything."""
+    """The main figure of each row: lines where some row is swept, else bars. Returns whether there was anything."""
     figure = group.main_figure()
     if figure is None:
         return False
-    shown = [row for _, row in group.rows if row.get(figure) is not None]
-    swept = next((key for key in SWEPT if len({row[key] for row in shown if row.get(key) is not None}) > 1), "")
-    rows = [
-        (label, row)
-        for label, (_, row) in zip(_short_labels(group.labels(swept)), group.rows, strict=True)
-        if row.get(figure) is not None
-    ]
+
+    def labelled(swept: str) -> list[tuple[str, dict[str, Any]]]:
+        named = zip(_short_labels(group.labels(swept)), group.rows, strict=True)
+        return [(label, row) for label, (_, row) in named if row.get(figure) is not None]
+
+    def varies(key: str) -> bool:
+        values = {(label, row[key]) for label, row in labelled(key) if row.get(key) is not None}
+        return len(values) > len({label for label, _ in values})
+
+    swept = next(filter(varies, SWEPT), "")
+    rows = labelled(swept)
     if not rows:
         return False
     scale = 100 if figure in PERCENT else 1
@@ -48,11 +52,17 @@ def draw_group(group: Group, path: Path) -> bool:
 
 
 def _short_labels(labels: Sequence[Sequence[str]]) -> list[str]:
-    """The parts that differ between rows, or the first if none does."""
-    telling = [place for place, part in enumerate(zip(*labels, strict=True)) if len(set(part)) > 1] or [0]
-    return [
-        " · ".join(part for part in (label[i] for i in telling if i < len(label)) if part != "-") for label in labels
-    ]
+    """The first parts that tell rows apart, or the very first if none does."""
+
+    def told(places: Sequence[int]) -> int:
+        return len({tuple(label[place] for place in places) for label in labels})
+
+    telling: list[int] = []
+    for place in range(len(labels[0]) if labels else 0):
+        if told([*telling, place]) > max(1, told(telling)):
+            telling.append(place)
+    telling = telling or [0]
+    return [" · ".join(part for part in (label[i] for i in telling) if part != "-") for label in labels]
 
 
 def _figure(width: float, height: float) -> Any:
@@ -83,13 +93,13 @@ def _draw_bars(path: Path, title: str, labels: Sequence[str], values: Sequence[f
 
 def _draw_lines(path: Path, title: str, swept: str, series: Mapping[str, Sequence[tuple[float | None, float]]]) -> None:
     """What has no x is a level line."""
-    figure = _figure(8, 4.5)
+    figure = _figure(8, 4 + 0.22 * len(series))  # the legend has a line each
     axes = figure.subplots()
     for number, (label, points) in enumerate(series.items()):
         style: dict[str, Any] = {"color": f"C{number % 10}", "label": label}
         along = sorted((x, y) for x, y in points if x is not None)
         if along:
-            axes.plot(*zip(*along, strict=True), marker="o", **style)
+            axes.plot(*zip(*along, strict=True), marker="os^D"[number // 10 % 4], **style)
         else:
             axes.axhline(points[0][1], linestyle="--", **style)
     ticks = sorted({x for points in series.values() for x, _ in points if x is not None})
