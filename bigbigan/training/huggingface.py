@@ -14,7 +14,8 @@ import numpy as np
 import torch
 
 from bigbigan.training.decoding import Source
-from bigbigan.training.sources import OPTIONS, ImageDataset, holds_images, split_options
+from bigbigan.training.parquet import holds_images
+from bigbigan.training.sources import OPTIONS, ImageDataset, split_options
 from bigbigan.training.streaming import BLOCK, ImageStream, Row
 
 _OPTIONS = (*OPTIONS, "block", "config", "data_dir", "data_files", "revision", "split", "streaming")

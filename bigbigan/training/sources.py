@@ -261,12 +261,14 @@ def open_training_data(
 
         return open_hugging_face(str(path), split=split, **options)
     name, given = split_options(str(path))
+    from bigbigan.training.parquet import open_parquet
+
     path = Path(name)
     options |= {key: given[key] for key in ("column", "max_bad_fraction") if key in given}
     if "label" in given:
         options["label_column"] = given["label"] or None
     if path.suffix == ".parquet" and path.is_file():
-        return _open_parquet([path], max_bytes=max_bytes, **options)
+        return open_parquet([path], max_bytes=max_bytes, **options)
     if not path.is_dir():
         raise ValueError(f"{path} is neither a .parquet file nor a folder (nor hf:NAME, a Hugging Face dataset)")
     shards = [path / f"{split}.parquet"]
@@ -276,7 +278,7 @@ def open_training_data(
         counts = {int(match[1]) for shard in shards if (match := re.search(r"-of-(\d+)$", shard.stem))}
         if counts and counts != {len(shards)}:
             raise ValueError(f"{path} holds {len(shards)} of {max(counts)} {split}-*.parquet shards; fetch the others")
-        return _open_parquet(shards, max_bytes=max_bytes, **options)
+        return open_parquet(shards, max_bytes=max_bytes, **options)
     if any(path.glob("*.parquet")):
         raise ValueError(f"{path} holds parquet files, but neither {split}.parquet nor {split}-*.parquet")
     if (path / split).is_dir():
@@ -322,100 +324,6 @@ def split_options(spec: str, known: Sequence[str] = OPTIONS) -> tuple[str, dict[
         if not 0 <= options["max_bad_fraction"] <= 1:
             raise ValueError(f"{spec}: max_bad_fraction is {fraction!r}; give a number from 0 to 1")
     return name, options
-
-
-def _open_parquet(
-    files: list[Path], *, column: str, label_column: str | None, max_bad_fraction: float, max_bytes: int
-) -> ImageDataset:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise ImportError(f"reading {files[0]} needs pyarrow: pip install 'bigbigan[train]'") from error
-    in_memory = sum(file.stat().st_size for file in files) <= max_bytes
-    digest, sources, labels, counts = hashlib.sha256(), list[Source](), list[int](), list[int]()
-    for usual, name in (("image", column), ("label", label_column or "")):
-        if name != usual:
-            digest.update(f"{usual}={name}&".encode())
-    for path in files:
-        try:
-            with pyarrow.parquet.ParquetFile(path) as file:
-                schema = _checked_schema(file, path, column, label_column)
-                digest.update(path.read_bytes() if in_memory else _footer(path, file.metadata.serialized_size))
-                if in_memory:
-                    sources += _encoded(file.read(columns=[column]).column(column))
-                counts.append(file.metadata.num_rows)
-                values = [None] * counts[-1]  # null: unlabelled
-                if label_column is not None:
-                    values = file.read(columns=[label_column]).column(label_column).to_pylist()
-                labels += [-1 if value is None else value for value in values]
-        except pyarrow.ArrowException as error:
-            raise ValueError(f"{path} is no readable parquet file: {error}") from error
-    if not labels:
-        raise ValueError(f"{files[0]} holds no rows")
-    rows: Sequence[Source] = sources
-    if not in_memory:
-        from bigbigan.training.huggingface import map_parquet
-
-        rows = map_parquet(files, column)
-    return ImageDataset(
-        rows,
-        torch.tensor(labels),
-        _class_names(schema.metadata, label_column) or tuple(map(str, range(max(labels) + 1))),
-        digest.hexdigest(),
-        name=functools.partial(_row_name, files, np.cumsum(counts)),
-        max_bad_fraction=max_bad_fraction,
-    )
-
-
-def _checked_schema(file: Any, path: Path, column: str, label_column: str | None) -> Any:
-    from pyarrow import types
-
-    schema = file.schema_arrow
-    missing = sorted({column, *([] if label_column is None else [label_column])} - set(schema.names))
-    if missing:
-        raise ValueError(
-            f"{path} has no column {', '.join(missing)}; its columns are {', '.join(schema.names)}: name those of "
-            f"images and labels, if any, as in {path}?column=img&label="
-        )
-    if label_column is not None and not types.is_integer(schema.field(label_column).type):
-        raise ValueError(f"{path} has labels as {schema.field(label_column).type}; expected integers")
-    if not holds_images(schema.field(column).type):
-        raise ValueError(f"{path} has images as {schema.field(column).type}; expected struct{{bytes, path}} or bytes")
-    return schema
-
-
-def holds_images(kind: Any) -> bool:
-    """Whether an Arrow type is bytes, or a struct with a field "bytes"."""
-    from pyarrow import types
-
-    if types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
-        kind = kind.field("bytes").type
-    return types.is_binary(kind) or types.is_large_binary(kind)
-
-
-def _encoded(column: Any) -> list[bytes | None]:
-    """The image files in an Arrow column; None where a row has no bytes (its path, if any, is not followed)."""
-    from pyarrow import compute, types
-
-    return (compute.struct_field(column, "bytes") if types.is_struct(column.type) else column).to_pylist()
-
-
-def _footer(path: Path, size: int) -> bytes:
-    with open(path, "rb") as file:
-        file.seek(-8 - size, os.SEEK_END)
-        return file.read()
-
-
-def _row_name(files: list[Path], ends: np.ndarray, index: int) -> str:
-    file = int(np.searchsorted(ends, index, side="right"))
-    return f"{files[file]} row {index - (int(ends[file - 1]) if file else 0)}"
-
-
-def _class_names(metadata: dict[bytes, bytes] | None, label_column: str | None) -> tuple[str, ...]:
-    """Names of a ClassLabel in the schema metadata that `datasets` writes; empty without."""
-    features = json.loads((metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
-    return tuple(features.get(label_column, {}).get("names", ()))
 
 
 class _Files(Sequence[Source]):
