@@ -1,13 +1,18 @@
-"""The two released architectures at full size, on photos (random weights)."""
+"""The two released architectures at full size, on photos (random weights), through Python and the command line."""
 
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from command_line import home, one_thread, run  # noqa: F401 (fixtures for every test here)
+
+from bigbigan import create_model
 
 SCRIPT = """
 import json, sys, time, torch, bigbigan
@@ -73,3 +78,43 @@ def test_released_architecture(name: str, features: int, tmp_path: Path, shared_
     assert generator["images"][0] == [3, 3, 128, 128] and generator["upsampled"] == [1, 3, 256, 256]
     assert -1 <= generator["images"][1] < generator["images"][2] <= 1
     assert facts["discriminator"]["scores"] == [[3], [3], [3]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, width", [("bigbigan-resnet50", 2048), (None, 256)])
+def test_full_size_and_embedded_models_take_the_same_road(
+    tmp_path: Path, shared_data: Path, name: str | None, width: int
+) -> None:
+    """Real photos through `encode`, then each of `evaluate` on a few of them, in processes of their own."""
+    photos = sorted((shared_data / "imagenet_samples").rglob("*.jpg"))[:12]
+    if name is not None:
+        create_model(name, parts=("generator", "encoder")).save(tmp_path / "model")
+    model = () if name is None else ("--model", tmp_path / "model")
+    for split, some in (("train", photos[:8]), ("test", photos[8:])):
+        for index, path in enumerate(some):
+            (tmp_path / "data" / split / "ab"[index % 2]).mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, tmp_path / "data" / split / "ab"[index % 2])
+    encode = run("encode", tmp_path / "data" / "train", *model, "-o", tmp_path / "train.npz", "--batch-size", 4)
+    assert encode.communicate()[1] and encode.returncode == 0
+    assert dict(np.load(tmp_path / "train.npz"))["bn_crelu_feat"].shape == (8, 2 * width)
+    command = ("evaluate", "linear", "--data", tmp_path / "data", *model, "--l2", 1, "--batch-size", 4)
+    probe = run(*command, "--compare", "pixels", "--feature-cache", tmp_path / "cache", "--json", tmp_path / "r.json")
+    _, err = probe.communicate()
+    assert probe.returncode == 0, err
+    found = json.loads((tmp_path / "r.json").read_text())["results"]
+    assert [row["num_features"] for row in found][:2] == [width, 2 * width] and len(found) == 3
+    # An encoder on random weights has one cluster: 4 samples show that figures come, not what they are.
+    network = ("--network", f"model:{tmp_path / 'model' if name else 'bigbigan-fashion-mnist-32'}")
+    for what, options, figures in (
+        ("knn", ("--k", 1), {"accuracy"}),
+        ("reconstruction", ("--grid", tmp_path / "pairs.png"), {"label_agreement", "pixel_l1"}),
+        ("generation", ("-n", 4, "--kid-subsets", 0, *network), {"samples"}),
+        ("retrieval", ("--query-split", "test", "--k", 1, "-o", tmp_path / "near.png"), {"precision"}),
+    ):
+        target = tmp_path / f"{what}.json"
+        process = run("evaluate", what, "--data", tmp_path / "data", *model, *options, "--json", target)
+        _, err = process.communicate()
+        assert process.returncode == 0, err
+        result = json.loads(target.read_text())["results"][0]
+        assert figures <= result.keys() and all(np.isfinite(v) for v in result.values() if isinstance(v, float)), result
+    assert (tmp_path / "pairs.png").is_file() and (tmp_path / "near.png").is_file()

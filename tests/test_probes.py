@@ -379,46 +379,6 @@ def test_a_probe_of_the_embedded_model_on_real_images(tmp_path: Path, shared_dat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name, width", [("bigbigan-resnet50", 2048), (None, 256)])
-def test_full_size_and_embedded_models_take_the_same_road(
-    tmp_path: Path, shared_data: Path, name: str | None, width: int
-) -> None:
-    """Real photos through `encode`, then each of `evaluate` on a few of them, in processes of their own."""
-    photos = sorted((shared_data / "imagenet_samples").rglob("*.jpg"))[:12]
-    if name is not None:
-        create_model(name, parts=("generator", "encoder")).save(tmp_path / "model")
-    model = () if name is None else ("--model", tmp_path / "model")
-    for split, some in (("train", photos[:8]), ("test", photos[8:])):
-        for index, path in enumerate(some):
-            (tmp_path / "data" / split / "ab"[index % 2]).mkdir(parents=True, exist_ok=True)
-            shutil.copy(path, tmp_path / "data" / split / "ab"[index % 2])
-    encode = run("encode", tmp_path / "data" / "train", *model, "-o", tmp_path / "train.npz", "--batch-size", 4)
-    assert encode.communicate()[1] and encode.returncode == 0
-    assert dict(np.load(tmp_path / "train.npz"))["bn_crelu_feat"].shape == (8, 2 * width)
-    command = ("evaluate", "linear", "--data", tmp_path / "data", *model, "--l2", 1, "--batch-size", 4)
-    probe = run(*command, "--compare", "pixels", "--feature-cache", tmp_path / "cache", "--json", tmp_path / "r.json")
-    _, err = probe.communicate()
-    assert probe.returncode == 0, err
-    found = rows(json.loads((tmp_path / "r.json").read_text()))
-    assert [row["num_features"] for row in found.values()][:2] == [width, 2 * width] and len(found) == 3
-    # An encoder on random weights has one cluster: 4 samples show that figures come, not what they are.
-    network = ("--network", f"model:{tmp_path / 'model' if name else 'bigbigan-fashion-mnist-32'}")
-    for what, options, figures in (
-        ("knn", ("--k", 1), {"accuracy"}),
-        ("reconstruction", ("--grid", tmp_path / "pairs.png"), {"label_agreement", "pixel_l1"}),
-        ("generation", ("-n", 4, "--kid-subsets", 0, *network), {"samples"}),
-        ("retrieval", ("--query-split", "test", "--k", 1, "-o", tmp_path / "near.png"), {"precision"}),
-    ):
-        target = tmp_path / f"{what}.json"
-        process = run("evaluate", what, "--data", tmp_path / "data", *model, *options, "--json", target)
-        _, err = process.communicate()
-        assert process.returncode == 0, err
-        result = json.loads(target.read_text())["results"][0]
-        assert figures <= result.keys() and all(np.isfinite(v) for v in result.values() if isinstance(v, float)), result
-    assert (tmp_path / "pairs.png").is_file() and (tmp_path / "near.png").is_file()
-
-
-@pytest.mark.slow
 def test_kills_cost_a_piece_of_the_cache_at_most(tmp_path: Path, models: dict[str, str]) -> None:
     write_split(tmp_path / "data" / "train", ("a", "b"), 2000, 0)
     write_split(tmp_path / "data" / "test", ("a", "b"), 10, 1)
