@@ -170,7 +170,8 @@ class BigBiGAN(nn.Module):
         if seed is not None:
             u = indexed_uniform(seed, start, shape, _LATENT_STREAM)
         else:
-            u = torch.rand(shape, generator=generator or fresh_generator(), dtype=torch.float64)
+            source = generator or fresh_generator()
+            u = torch.rand(shape, generator=source, dtype=torch.float64, device=source.device).cpu()
         if prior == "uniform":
             if truncation is not None:
                 raise ValueError("truncation is defined for normal latents; this model's are uniform")

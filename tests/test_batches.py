@@ -141,6 +141,22 @@ def test_crops_are_the_same_for_any_workers_and_processes_and_from_any_sample_on
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_large_batch_is_decoded_in_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int):
+    data = open_dataset(photos(tmp_path / "photos"))
+
+    def seen() -> torch.Tensor:
+        images = Images(data, PreprocessConfig(size=16), 3, augmentation=RESNET, workers=workers)
+        batches = images.batches(10, 5)
+        found = torch.cat([batches.at(k) for k in (0, 10, 30, 40, 10)])
+        batches.close()
+        return found
+
+    whole = seen()
+    monkeypatch.setattr("bigbigan.training.batches.JOB_IMAGES", 4)
+    assert torch.equal(seen(), whole)
+
+
 def damage(folder: Path, *numbers: int) -> None:
     for number in numbers:
         path = folder / f"{number:03d}.png"

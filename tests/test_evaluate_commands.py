@@ -182,7 +182,9 @@ def test_generation_refuses_what_does_not_fit(
     assert "bad.npz is no readable array" in told("--samples", tmp_path / "bad.npz", "--data", data)
 
 
-def test_neighbours_as_a_picture_and_in_the_record(tmp_path: Path, data: Path, tiny: str) -> None:
+def test_neighbours_as_a_picture_and_in_the_record(
+    tmp_path: Path, data: Path, tiny: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     gallery = sorted((data / "train").rglob("*.png"), key=lambda path: path.relative_to(data / "train").as_posix())
     copy = tmp_path / "copy.png"
     copy.write_bytes(gallery[3].read_bytes())
@@ -206,8 +208,12 @@ def test_neighbours_as_a_picture_and_in_the_record(tmp_path: Path, data: Path, t
     same = [gallery[i].parent == gallery[3].parent for i in order[1:5]]
     assert (first["k"], first["precision"], second["precision"]) == (1, float(same[0]), sum(same) / 4)
     assert second["num_queries"] == 1  # of the copy no label is known
-    kept = measure(tmp_path, "retrieval", gallery[3], *options, "--keep-query")
+    kept = measure(tmp_path, "retrieval", gallery[3], *options, "--keep-query", "--feature-cache", tmp_path / "cache")
     assert kept["results"][0]["neighbours"][0]["names"][0] == str(gallery[3])
+    assert len(list((tmp_path / "cache").glob("*/avepool_feat.npy"))) == 1
+    assert "no output 'nonsense'; an encoder gives z_sample" in refused(
+        capsys, "retrieval", gallery[3], *options, "--feature", "nonsense"
+    )
 
 
 def test_a_feature_file_finds_the_same_neighbours(
@@ -315,7 +321,7 @@ def reconstruct_elsewhere(tmp_path: Path, data: Path) -> tuple[Path, Path]:
 
 
 def test_reconstructions_of_another_method(
-    tmp_path: Path, data: Path, tiny: str, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, data: Path, tiny: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, array = reconstruct_elsewhere(tmp_path, data)
     paths = sorted((data / "test").rglob("*.png"))
@@ -336,7 +342,11 @@ def test_reconstructions_of_another_method(
     message = refused(capsys, "reconstruction", "--reconstructions", folder, *options)
     assert f"{folder} lacks 1 of 20 pictures, such as dark/3.png" in message
     np.save(array, np.load(array)[1:])
-    assert "19 reconstructions of 20 images" in refused(capsys, "reconstruction", "--reconstructions", array, *options)
+    with monkeypatch.context() as patched:  # before any image is decoded
+        patched.setattr("bigbigan.training.sources.ImageDataset.decode", None)
+        assert "19 reconstructions of 20 images" in refused(
+            capsys, "reconstruction", "--reconstructions", array, *options
+        )
 
 
 def test_reconstruction_of_fully_connected_and_of_larger_encoders(

@@ -56,8 +56,7 @@ def test_what_is_cached_is_what_is_computed(tmp_path: Path) -> None:
             assert isinstance(stored[output], StoredRows)
             assert torch.equal(stored[output][:], plain[output])
             assert torch.equal(stored[output][torch.tensor([41, 3])], plain[output][torch.tensor([41, 3])])
-    x_float = x.float() / 127.5 - 1
-    assert torch.equal(plain["mean"], x_float.mean((2, 3)))
+    assert torch.equal(plain["mean"], means(x))
     (entry,) = tmp_path.iterdir()
     assert sorted(path.name for path in entry.iterdir()) == [
         "entry.json",
@@ -67,6 +66,22 @@ def test_what_is_cached_is_what_is_computed(tmp_path: Path) -> None:
         "mean.json",
         "mean.npy",
     ]
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_source_that_ends_early_leaves_nothing_behind(tmp_path: Path, cached: bool) -> None:
+    class Short(TensorImages):
+        def batches(self, start: int) -> Iterator[Tensor]:
+            return iter(self.images[start:30].split(7))
+
+    folder, whole = tmp_path if cached else None, TensorImages(images())
+    with pytest.raises(ValueError, match="30 of 50 images came"):
+        compute_features(counted([]), Short(images()), cache=folder)
+    assert torch.equal(compute_features(counted([]), whole, cache=folder)["mean"][:], means(images()))
+
+
+def means(x: Tensor) -> Tensor:
+    return (x.float() / 127.5 - 1).mean((2, 3))
 
 
 def test_names_that_differ_in_signs_alone_are_kept_apart(tmp_path: Path) -> None:

@@ -26,9 +26,9 @@ from PIL import Image
 from safetensors import safe_open
 
 from bigbigan import BigBiGAN, create_model
-from bigbigan.evaluation import encoding
+from bigbigan.evaluation import TensorImages, compute_features, encoding, model_features
 from bigbigan.evaluation.encoding import encode_files, find_images
-from bigbigan.evaluation.features import OUTPUTS, extract_features
+from bigbigan.evaluation.features import OUTPUTS
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -86,16 +86,17 @@ def test_a_file_holds_what_encode_gives(tmp_path: Path, model: BigBiGAN, suffix:
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["in", output.name]  # nothing else stays
 
 
-def test_extract_features_equals_encode(model: BigBiGAN) -> None:
+def test_features_of_images_in_memory_equal_encode(model: BigBiGAN) -> None:
     images = torch.randint(0, 256, (13, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    found = extract_features(model, images, ["z_sample", "avepool_feat"], batch_size=5, seed=2)
+    source = TensorImages(images, batch_size=5)
+    found = compute_features(model_features(model, ["z_sample", "avepool_feat"], batch_size=5, seed=2), source)
     expected = model.encode(images.float() / 127.5 - 1, seed=2, batch_size=5)
     assert list(found) == ["z_sample", "avepool_feat"]
     assert all(torch.equal(found[name], expected[name]) for name in found)
     with pytest.raises(ValueError, match="uint8"):
-        extract_features(model, images.float())
+        TensorImages(images.float())
     with pytest.raises(ValueError, match="avgpool_feat.*avepool_feat"):
-        extract_features(model, images, ["avgpool_feat"])
+        model_features(model, ["avgpool_feat"])
 
 
 def png_header(width: int, height: int) -> bytes:

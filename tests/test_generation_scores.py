@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import types
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -172,6 +173,12 @@ def test_other_files_are_no_statistics(tmp_path: Path) -> None:
     np.savez(tmp_path / "pytorch_fid.npz", mu=np.zeros(4), sigma=np.eye(4))
     with pytest.raises(ValueError, match="pytorch_fid.npz holds no statistics"):
         FeatureStatistics.load(tmp_path / "pytorch_fid.npz", first_pixels())
+    whole = FeatureStatistics(torch.zeros(4).double(), torch.eye(4).double(), 9, "pixels", first_pixels().digest, {})
+    nan = torch.full((4,), torch.nan).double()
+    for name, broken in (("nan.npz", replace(whole, mean=nan)), ("flat.npz", replace(whole, mean=nan[0]))):
+        broken.save(tmp_path / name)
+        with pytest.raises(ValueError, match=rf"{name} holds torch.float64 \[.*: no statistics"):
+            FeatureStatistics.load(tmp_path / name, first_pixels())
     with pytest.raises(FileNotFoundError):
         FeatureStatistics.load(tmp_path / "absent.npz", first_pixels())
     with pytest.raises(ValueError, match=r"statistics are .npz or .safetensors, not .pkl"):
@@ -221,7 +228,7 @@ class FakeInception(nn.Module):
         self.weight = nn.Parameter(torch.ones(3))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        assert x.dtype == torch.uint8 and x.shape[1] == 3
+        assert x.dtype == torch.uint8 and x.shape[1] == 3 and not self.training
         return x.float().mean((2, 3)) * self.weight, -x.float().mean((2, 3))
 
 

@@ -86,6 +86,21 @@ def test_the_float32_search_loses_no_neighbour(monkeypatch: pytest.MonkeyPatch, 
         torch.set_float32_matmul_precision("highest")
 
 
+def test_torchs_newer_setting_of_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once it is used, torch refuses to tell the older one; the search in float64 needs neither."""
+    draws = torch.Generator().manual_seed(0)
+    rows, queries = torch.randn((400, 6), generator=draws), torch.randn((50, 6), generator=draws)
+    expected = nearest(rows, queries, 3)
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        with pytest.raises(RuntimeError):
+            torch.get_float32_matmul_precision()
+        assert all(map(torch.equal, nearest(rows, queries, 3), expected))
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+
+
 def test_most_queries_need_no_second_search(monkeypatch: pytest.MonkeyPatch) -> None:
     """Else the first would be for nothing."""
     monkeypatch.setattr(knn, "CHUNK", 500)

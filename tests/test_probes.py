@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from bigbigan import BigBiGAN, create_model
 from bigbigan.cli import main
+from bigbigan.evaluation.cache import TensorImages, compute_features
 from bigbigan.evaluation.linear_probe import linear_probe
 from bigbigan.evaluation.representations import model_features
 from bigbigan.training.data import open_dataset
@@ -363,7 +364,6 @@ def test_specs_are_checked_before_anything_is_opened(spec: str, capsys: pytest.C
 def test_a_probe_of_the_embedded_model_on_real_images(tmp_path: Path, shared_data: Path) -> None:
     """The same figure from the command and from the library's functions."""
     from bigbigan import load
-    from bigbigan.evaluation.features import extract_features
 
     folder, model = shared_data / "fashion_mnist", load(parts=("encoder",))
     options = ("--train-split", "train[:500]", "--test-split", "test[:200]", "--features", "avepool_feat", "--l2", 0.01)
@@ -372,7 +372,8 @@ def test_a_probe_of_the_embedded_model_on_real_images(tmp_path: Path, shared_dat
     for name, split in (("train", "train[:500]"), ("test", "test[:200]")):
         dataset = open_dataset(folder, split=split)
         images = dataset.decode_all(model.config.preprocess, 1)
-        x[name], y[name] = extract_features(model, images, ["avepool_feat"])["avepool_feat"], dataset.labels
+        features = compute_features(model_features(model, ["avepool_feat"]), TensorImages(images))
+        x[name], y[name] = features["avepool_feat"], dataset.labels
     expected = linear_probe(x["train"], y["train"], x["test"], y["test"], l2_grid=[0.01])
     assert (found["accuracy"], found["top5"]) == (expected.accuracy, expected.top5)
     assert found["accuracy"] > 0.7

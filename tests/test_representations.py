@@ -121,6 +121,10 @@ def test_timm_gets_its_own_preprocessing(timm: SimpleNamespace) -> None:
     assert timm.asked == [{"pretrained": True, "num_classes": 0}]
     square = photo().crop((15, 0, 76, 61)).resize((32, 32), Image.Resampling.BILINEAR).crop((2, 2, 30, 30))
     torch.testing.assert_close(seen(found, photo()), timm.net(normalized(square)).detach(), rtol=1e-4, atol=1e-5)
+    timm.config |= {"crop_pct": 0.8}  # of 35 pixels: 3.5 on each side, where torchvision rounds to even
+    square = photo().crop((15, 0, 76, 61)).resize((35, 35), Image.Resampling.BILINEAR).crop((4, 4, 32, 32))
+    expected = timm.net(normalized(square)).detach()
+    torch.testing.assert_close(seen(timm_features("net"), photo()), expected, rtol=1e-4, atol=1e-5)
     timm.config |= {"crop_mode": "squash", "crop_pct": 1.0, "interpolation": "bicubic"}
     squashed = photo().resize((28, 28), Image.Resampling.BICUBIC)
     expected = timm.net(normalized(squashed)).detach()
@@ -295,6 +299,9 @@ def test_files_that_encode_writes_are_read(tmp_path: Path, suffix: str) -> None:
     for name, rows in found.items():
         torch.testing.assert_close(rows[:], expected[name][:], rtol=1e-5, atol=1e-6)
     assert isinstance(found["z_mean"], StoredRows) == (suffix == ".safetensors")
+    alone = read_features(tmp_path / f"out{suffix}", prefer=["z_mean", "absent"])
+    assert list(alone) == ["z_mean"] and torch.equal(alone["z_mean"][:], found["z_mean"][:])
+    assert read_features(tmp_path / f"out{suffix}", prefer=["absent"]).keys() == found.keys()
 
 
 def test_plain_arrays_are_read(tmp_path: Path) -> None:

@@ -77,18 +77,19 @@ def add_feature_options(parser: argparse.ArgumentParser, default: str) -> None:
         help="features also as BN+CReLU, normalised over this training split; of models avepool_feat, whose own "
         "bn_crelu_feat is normalised over what they were trained on",
     )
+    add_cache_option(parser)
+    parser.add_argument(
+        "--batch-size", type=positive, default=256, metavar="N", help="encoded at a time (default: 256)"
+    )
+
+
+def add_cache_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--feature-cache",
         metavar="FOLDER",
         help="keep features there, to compute them once, and read them piece by piece, for sets larger than the "
         "memory (but logistic regression, which reads them whole). Folders are known by names, sizes and times of "
         "their files (default: in memory, since features may be larger than a home folder should become)",
-    )
-    parser.add_argument(
-        "--batch-size", type=positive, default=256, metavar="N", help="encoded at a time (default: 256)"
-    )
-    parser.add_argument(
-        "--workers", type=positive, metavar="N", help="processes that decode images (default: by cores)"
     )
 
 
@@ -130,7 +131,7 @@ class Splits:
     """
 
     def __init__(self, arguments: argparse.Namespace) -> None:
-        from bigbigan.training.batches import default_workers
+        from bigbigan.workers import default_workers
 
         self.train = _open_labelled(arguments.data, arguments.train_split)
         self.test = _open_labelled(arguments.data, arguments.test_split)
@@ -174,10 +175,10 @@ class Measured:
     derived: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = field(default_factory=dict)  # BN+CReLU: of what, how
     own_accuracy: float | None = None  # of a network with a classifier of its own
 
-    def features(self, images: Tensor) -> dict[str, Tensor]:
-        """Of a batch in [-1, 1], by the outputs of `train`."""
+    def features(self, images: Tensor, start: int) -> dict[str, Tensor]:
+        """Of a batch in [-1, 1], whose first image has the number `start`, by the outputs of `train`."""
         assert self.representation is not None
-        found = self.representation.features(images)
+        found = self.representation.features(images, start)
         return found | {name: function(found[output]) for name, (output, function) in self.derived.items()}
 
 
@@ -197,15 +198,14 @@ def measured(arguments: argparse.Namespace, model: BigBiGAN, splits: Splits) -> 
 
 def _with_crelu(found: Measured, kind: str) -> Measured:
     """Of a model only avepool_feat has it: bn_crelu_feat is that already, by statistics of what it was trained on."""
-    from bigbigan.evaluation.rows import StoredRows, fit_bn_crelu
+    from bigbigan.evaluation.rows import fit_bn_crelu, mapped
 
     model = kind in ("model", "untrained")
     for output in [name for name in found.train if not model or name == "avepool_feat"]:
         function, name = fit_bn_crelu(found.train[output]), f"{output}, BN+CReLU"
         found.derived[name] = output, function
         for rows in (found.train, found.test):
-            before = rows[output]
-            rows[name] = before.map(function) if isinstance(before, StoredRows) else function(before)
+            rows[name] = mapped(rows[output], function)
     return found
 
 
@@ -272,7 +272,10 @@ def _files(rest: str, arguments: argparse.Namespace, splits: Splits) -> Measured
     from bigbigan.evaluation.feature_files import file_digest, read_features
 
     paths = rest.split(",")
-    train, test = (read_features(paths[i], rows=len(part)) for i, part in enumerate((splits.train, splits.test)))
+    train, test = (
+        read_features(paths[i], rows=len(part), prefer=arguments.features)
+        for i, part in enumerate((splits.train, splits.test))
+    )
     wanted = [name for name in arguments.features if name in train] or list(train)
     for name in wanted:
         if name not in test or test[name].shape[1] != train[name].shape[1]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from datetime import timedelta
 
 from bigbigan.commands.options import (
     Commands,
@@ -69,9 +70,10 @@ def _encode(arguments: argparse.Namespace) -> int:
     files = find_images(arguments.images)
     rank, world_size = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
     if world_size > 1:
-        if arguments.device == "auto" and torch.cuda.is_available():
+        if arguments.device in ("auto", "cuda") and torch.cuda.is_available():
             arguments.device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
-        torch.distributed.init_process_group("gloo")
+        # The first to finish waits for the last, however long that takes; a process that died ends the others anyway.
+        torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))
     report = encode_files(
         open_model(arguments, ("encoder",)),
         files,

@@ -13,12 +13,11 @@ from bigbigan.commands.options import (
     add_command,
     add_model_options,
     choose_device,
-    markdown_table,
     open_model,
     positive,
     set_threads,
 )
-from bigbigan.commands.records import DATA, ENDING, add_record_option, make_record, print_record
+from bigbigan.commands.records import DATA, ENDING, add_record_option, add_workers_option, make_record, print_record
 
 if TYPE_CHECKING:
     from bigbigan.evaluation.feature_networks import FeatureNetwork
@@ -70,9 +69,7 @@ def add_generation(protocols: Commands) -> None:
         "--splits", type=positive, default=10, metavar="N", help="of the classifier score (default: 10)"
     )
     parser.add_argument("--batch-size", type=positive, default=BATCH, metavar="N", help="(default: %(default)s)")
-    parser.add_argument(
-        "--workers", type=int, default=0, metavar="N", help="processes that decode the reference (default: none)"
-    )
+    add_workers_option(parser)
     add_record_option(parser)
     add_model_options(parser)
 
@@ -126,7 +123,7 @@ def _generation(arguments: argparse.Namespace) -> int:
     facts = {"digest": statistics.images.get("digest"), "images": statistics.count}
     record = make_record(None if arguments.samples else model, protocol, results=[row], reference=dataset or facts)
     shown = [(key, value) for key, value in (row | protocol).items() if key != "name" and not key.endswith("_digest")]
-    print_record(arguments, markdown_table(("Measure", "Value"), [(key, _text(value)) for key, value in shown]), record)
+    print_record(arguments, ("Measure", "Value"), [(key, _text(value)) for key, value in shown], record)
     return 0
 
 
@@ -201,10 +198,12 @@ def _reference(
     from bigbigan.config import PreprocessConfig
     from bigbigan.schema import to_dict
     from bigbigan.training.sources import open_dataset
+    from bigbigan.workers import default_workers
 
     dataset = open_dataset(arguments.data, split=arguments.split)
     preprocess = model.config.preprocess if model else PreprocessConfig(samples.side)
-    images = dataset_images(dataset, preprocess, samples.channels, samples.side, workers=arguments.workers)
+    workers = arguments.workers or default_workers()
+    images = dataset_images(dataset, preprocess, samples.channels, samples.side, workers=workers)
     facts = {"split": arguments.split, "digest": dataset.digest, **to_dict(preprocess), "resolution": samples.side}
     if (factor := preprocess.resolution // samples.side) > 1:
         facts["pooling"] = f"mean of {factor} x {factor} pixels"

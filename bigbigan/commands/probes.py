@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from bigbigan.commands.comparison import COMPARE, Measured, Splits, add_feature_options, measured
@@ -12,7 +12,7 @@ from bigbigan.commands.options import (
     Commands,
     add_command,
     add_model_options,
-    markdown_table,
+    choose_device,
     open_model,
     positive,
     positive_number,
@@ -22,6 +22,7 @@ from bigbigan.commands.records import DATA, ENDING, add_data_options, make_recor
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from bigbigan.evaluation.rows import Rows
     from bigbigan.model import BigBiGAN
 
 
@@ -36,8 +37,8 @@ def add_linear(protocols: Commands) -> None:
         "--protocol paper: BigBiGAN's. Adam from zero weights, several learning rates in one pass over augmented\n"
         "images, averaged weights; held-out training images, never trained on, choose the rate.\n" + DATA + COMPARE,
         "Example: bigbigan evaluate linear --data data/fashion_mnist --baselines --json linear.json\n"
-        "         bigbigan evaluate linear --data imagenet/ --model bigbigan-resnet50 --protocol paper --device cuda\n"
-        + ENDING,
+        "         bigbigan evaluate linear --data imagenet/ --model bigbigan-resnet50 --protocol paper \\\n"
+        "           --feature-cache features/\n" + ENDING,
     )
     add_data_options(parser)
     add_feature_options(parser, "avepool_feat,bn_crelu_feat")
@@ -125,6 +126,7 @@ def add_knn(protocols: Commands) -> None:
 
 def _linear(arguments: argparse.Namespace) -> int:
     from bigbigan.evaluation.linear_probe import check_holdout, labelled_subset
+    from bigbigan.evaluation.rows import select
 
     model = open_model(arguments, ("encoder",))
     splits = Splits(arguments)
@@ -139,9 +141,11 @@ def _linear(arguments: argparse.Namespace) -> int:
     for one in measured(arguments, model, splits):
         found.append(one)
         for _, rows in shares:
+            train = {name: x if len(rows) == len(x) else select(x, rows) for name, x in one.train.items()}
+            labelled = _Labelled(train, splits.train.labels[rows], rows)
             results += [
                 {"representation": one.name, "feature": feature, "labels": len(rows), **figures}
-                for feature, figures in probe(arguments, splits, one, rows, str(model.device)).items()
+                for feature, figures in probe(arguments, splits, one, labelled).items()
             ]
         results += _own_accuracy(one, labels=len(splits.train))
         one.train, one.test = {}, {}  # only the names are needed on
@@ -192,51 +196,56 @@ def _holdout(arguments: argparse.Namespace, number: int) -> int:
     return arguments.holdout or max(1, min(10_000, number // 6))
 
 
+@dataclass(frozen=True)
+class _Labelled:
+    """Training rows that a probe gets the labels of, by feature, and their numbers in the training split."""
+
+    x: dict[str, Rows]
+    y: Tensor
+    numbers: Tensor
+
+
 def _logistic(
-    arguments: argparse.Namespace, splits: Splits, one: Measured, rows: Tensor, device: str
+    arguments: argparse.Namespace, splits: Splits, one: Measured, train: _Labelled
 ) -> dict[str, dict[str, Any]]:
     from bigbigan.evaluation.linear_probe import linear_probe
-    from bigbigan.evaluation.rows import select
 
     return {
         feature: asdict(
             linear_probe(
-                select(train, rows) if len(rows) < len(train) else train,
-                splits.train.labels[rows],
+                x,
+                train.y,
                 one.test[feature],
                 splits.test.labels,
                 l2_grid=arguments.l2,
-                holdout=_holdout(arguments, len(rows)),
+                holdout=_holdout(arguments, len(train.y)),
                 seed=arguments.seed,
                 progress=not arguments.quiet,
             )
         )
-        for feature, train in one.train.items()
+        for feature, x in train.x.items()
     }
 
 
-def _paper(
-    arguments: argparse.Namespace, splits: Splits, one: Measured, rows: Tensor, device: str
-) -> dict[str, dict[str, Any]]:
-    from bigbigan.evaluation.rows import select
+def _paper(arguments: argparse.Namespace, splits: Splits, one: Measured, train: _Labelled) -> dict[str, dict[str, Any]]:
     from bigbigan.evaluation.sgd_probe import paper_probe
 
     def augmented(fit: Tensor) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
-        return _augmented(arguments, splits, one, rows[fit])
+        return _augmented(arguments, splits, one, train.numbers[fit])
 
     results = paper_probe(
-        {feature: select(x, rows) for feature, x in one.train.items()},
-        splits.train.labels[rows],
+        train.x,
+        train.y,
         one.test,
         splits.test.labels,
         lrs=arguments.lr,
         steps=arguments.steps,
         batch_size=arguments.probe_batch_size,
         ema=arguments.ema,
-        holdout=_holdout(arguments, len(rows)),
+        holdout=_holdout(arguments, len(train.y)),
         augmented=None if arguments.augment == "none" else augmented,
         seed=arguments.seed,
-        device=device,
+        device=choose_device(arguments.device),
         progress=not arguments.quiet,
     )
     return {feature: asdict(result) for feature, result in results.items()}
@@ -261,7 +270,10 @@ def _augmented(
     batches = images.batches(size, arguments.seed)
     try:
         for k in itertools.count(0, size):
-            pieces = [one.features(piece) for piece in batches.at(k).split(arguments.batch_size)]
+            pieces = [
+                one.features(piece, k + number * arguments.batch_size)
+                for number, piece in enumerate(batches.at(k).split(arguments.batch_size))
+            ]
             yield (
                 {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]},
                 data.labels[batches.indices(k)],
@@ -343,4 +355,4 @@ def _print(
         }
         for one in found
     }
-    print_record(arguments, markdown_table(tuple(columns), table), record)
+    print_record(arguments, tuple(columns), table, record)

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bigbigan.commands.comparison import Splits
 from bigbigan.commands.image_sets import ARRAYS, given_images, named_images, pooled, row_names
 from bigbigan.commands.options import (
     Commands,
@@ -15,12 +16,11 @@ from bigbigan.commands.options import (
     add_model_options,
     check_picture,
     choose_device,
-    markdown_table,
     open_model,
     positive,
     set_threads,
 )
-from bigbigan.commands.records import DATA, ENDING, add_data_options, check_classes, make_record, print_record
+from bigbigan.commands.records import DATA, ENDING, add_data_options, make_record, print_record
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -73,19 +73,14 @@ class _Reconstructor:
 def _reconstruction(arguments: argparse.Namespace) -> int:
     from bigbigan.evaluation import reconstruction_report, train_classifier
     from bigbigan.schema import to_dict
-    from bigbigan.training.data import open_dataset
 
     if arguments.grid:
         check_picture(arguments.grid)
     set_threads(arguments)
-    train = open_dataset(arguments.data, split=arguments.train_split)
-    test = open_dataset(arguments.data, split=arguments.test_split)
-    for split, dataset in ((arguments.train_split, train), (arguments.test_split, test)):
-        if (dataset.labels < 0).any():
-            raise ValueError(f"{arguments.data} has images without a label in {split!r}; the classifier needs labels")
-    check_classes(train.labels, arguments.data, arguments.train_split)
+    splits = Splits(arguments)
+    train, test = splits.train, splits.test
     what = _given(arguments, test) if arguments.reconstructions else _modelled(arguments)
-    train_x, test_x = (dataset.decode_all(what.preprocess, what.channels) for dataset in (train, test))
+    train_x, test_x = (splits.images(part, what.preprocess, what.channels).decoded for part in ("train", "test"))
     classes = max(len(train.class_names), int(train.labels.max()) + 1)
     settings = {"epochs": arguments.epochs, "flip": arguments.flip}
     classifier = train_classifier(
@@ -111,7 +106,7 @@ def _reconstruction(arguments: argparse.Namespace) -> int:
     figures["per_class"] = dict(zip(class_names, result.per_class, strict=True))
     rows = [(name, value) for name, value in figures.items() if name != "per_class"]
     rows += [(f"label_agreement, {name}", value) for name, value in figures["per_class"].items()]
-    table = markdown_table(("Measure", "Value"), [(name, "-" if v is None else f"{v:.4g}") for name, v in rows])
+    cells = [(name, "-" if value is None else f"{value:.4g}") for name, value in rows]
     protocol = {
         "name": "reconstruction",
         "classifier": settings,
@@ -120,7 +115,8 @@ def _reconstruction(arguments: argparse.Namespace) -> int:
         "seed": arguments.seed,
     }
     results = [{**what.labels, **figures}]
-    print_record(arguments, table, make_record(what.model, protocol, train=train, test=test, results=results))
+    record = make_record(what.model, protocol, train=train, test=test, results=results)
+    print_record(arguments, ("Measure", "Value"), cells, record)
     if arguments.grid:
         _draw_pairs(what.reconstruct, test_x[:32], arguments.grid)
     return 0
@@ -145,6 +141,8 @@ def _given(arguments: argparse.Namespace, test: ImageDataset) -> _Reconstructor:
         again = torch.cat(list(given_images(str(path)).batches()))
     else:
         again = named_images(path, row_names(arguments.data, arguments.test_split, test))
+    if len(again) != len(test):
+        raise ValueError(f"{path} holds {len(again)} reconstructions of {len(test)} images; give one of each, in order")
     channels, side = again.shape[1], again.shape[2]
     labels = {"reconstructor": path.name}
     if model is None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from bigbigan.commands.options import positive
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,7 +38,14 @@ def add_data_options(parser: argparse.ArgumentParser, *, train: bool = True) -> 
             help="(default: %(default)s); train[:50000] is its first 50,000 images",
         )
     parser.add_argument("--test-split", default="test", metavar="SPLIT", help="(default: %(default)s)")
+    add_workers_option(parser)
     add_record_option(parser)
+
+
+def add_workers_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--workers", type=positive, metavar="N", help="processes that decode images (default: by cores)"
+    )
 
 
 def add_record_option(parser: argparse.ArgumentParser) -> None:
@@ -50,14 +59,6 @@ def _record_path(text: str) -> str:
     if Path(text).is_dir() or not Path(text).absolute().parent.is_dir():
         raise argparse.ArgumentTypeError(f"{text!r} is a folder, or in none; name a file in a folder that is there")
     return text
-
-
-def load_split(arguments: argparse.Namespace, split: str, model: BigBiGAN) -> tuple[ImageDataset, Tensor]:
-    """The split, and its images [N, C, S, S] uint8 under the model's evaluation preprocessing."""
-    from bigbigan.training.data import open_dataset
-
-    dataset = open_dataset(arguments.data, split=split)
-    return dataset, dataset.decode_all(model.config.preprocess, model.config.image_channels)
 
 
 def check_classes(labels: Tensor, path: str, split: str) -> None:
@@ -91,12 +92,15 @@ def make_record(
     return make_record(model, protocol, results=results, data=facts)
 
 
-def print_record(arguments: argparse.Namespace, table: str, record: dict[str, Any]) -> None:
-    from bigbigan.evaluation.report import record_text
+def print_record(
+    arguments: argparse.Namespace, header: Sequence[str], rows: Sequence[Sequence[str]], record: dict[str, Any]
+) -> None:
+    """A Markdown table, and the record, or where --json wants it."""
+    from bigbigan.evaluation.report import record_text, table_lines
     from bigbigan.files import atomic_write
 
     text = record_text({**record, "command": shlex.join(["bigbigan", *arguments.argv])})
-    print(table)
+    print(*table_lines(header, rows), sep="\n")
     if not arguments.json:
         print(f"\n{text}", end="")
         return

@@ -8,17 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bigbigan.commands.comparison import add_cache_option
 from bigbigan.commands.image_sets import BATCH
 from bigbigan.commands.options import (
     Commands,
     add_command,
     add_model_options,
     check_picture,
-    markdown_table,
     open_model,
     positive,
 )
-from bigbigan.commands.records import DATA, ENDING, add_record_option, make_record, print_record
+from bigbigan.commands.records import DATA, ENDING, add_record_option, add_workers_option, make_record, print_record
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -61,6 +61,8 @@ def add_retrieval(protocols: Commands) -> None:
     parser.add_argument(
         "--rows", type=positive, default=8, metavar="N", help="queries in the picture (default: %(default)s)"
     )
+    add_cache_option(parser)
+    add_workers_option(parser)
     add_record_option(parser)
     add_model_options(parser)
 
@@ -103,7 +105,13 @@ def _retrieval(arguments: argparse.Namespace) -> int:
     ks, progress = sorted(set(arguments.k)), not arguments.quiet
     left_out = None if arguments.keep_query else own
     distances, indices = retrieve(
-        gallery.rows, queries.rows, max(ks), metric=arguments.metric, own=left_out, progress=progress
+        gallery.rows,
+        queries.rows,
+        max(ks),
+        metric=arguments.metric,
+        own=left_out,
+        device=model.device,
+        progress=progress,
     )
     name = Path(arguments.features).name if encoder is None else encoder.info.name or "model"
     row = {"representation": name, "feature": arguments.feature, "metric": arguments.metric}
@@ -130,36 +138,31 @@ def _retrieval(arguments: argparse.Namespace) -> int:
         "query": "among its neighbours" if arguments.keep_query else "left out of its neighbours",
     }
     record = make_record(encoder, protocol, gallery=gallery.facts, queries=queries.facts, results=rows)
-    print_record(arguments, markdown_table(header, cells), record)
+    print_record(arguments, header, cells, record)
     if arguments.output:
         _save_picture(arguments, gallery, queries, indices)
     return 0
 
 
 def _split(arguments: argparse.Namespace, model: BigBiGAN, split: str, neighbours: int = 0) -> _Images:
-    import torch
-    from tqdm import tqdm
-
-    from bigbigan.evaluation.features import extract_features
+    from bigbigan.commands.comparison import SplitImages
+    from bigbigan.evaluation.cache import compute_features
+    from bigbigan.evaluation.representations import model_features
     from bigbigan.training.sources import open_dataset
+    from bigbigan.workers import default_workers
 
     dataset = open_dataset(arguments.data, split=split)
     if neighbours > len(dataset):
         raise ValueError(f"--k {neighbours}: there are {len(dataset)} images in {split}; give that many at most")
     config, channels, name = model.config.preprocess, model.config.image_channels, arguments.feature
-    with tqdm(total=len(dataset), desc=split, unit="img", disable=True if arguments.quiet else None) as bar:
-        parts = []
-        for images in dataset.batches(config, channels, size=BATCH):
-            parts.append(extract_features(model, images, [name], batch_size=BATCH)[name])
-            bar.update(len(images))
+    rows = compute_features(
+        model_features(model, [name]),
+        SplitImages(dataset, config, channels, BATCH, arguments.workers or default_workers()),
+        cache=arguments.feature_cache,
+        progress=not arguments.quiet,
+    )[name]
     facts = {"digest": dataset.digest, "images": len(dataset), "unreadable": len(dataset.bad), "split": split}
-    return _Images(
-        torch.cat(parts),
-        dataset.labels,
-        dataset.name,
-        lambda indices: dataset.decode(indices, config, channels),
-        facts,
-    )
+    return _Images(rows, dataset.labels, dataset.name, lambda indices: dataset.decode(indices, config, channels), facts)
 
 
 def _stored(arguments: argparse.Namespace, model: BigBiGAN) -> _Images:
@@ -168,11 +171,15 @@ def _stored(arguments: argparse.Namespace, model: BigBiGAN) -> _Images:
     from bigbigan.evaluation.retrieval import feature_names, labels_of
 
     path, root = Path(arguments.features), Path(arguments.data)
-    features, names = read_features(path), feature_names(path)
+    features = read_features(path, prefer=[arguments.feature])
+    names = feature_names(path)
     if arguments.feature not in features:
         raise ValueError(f"{path} has no {arguments.feature}; it has {', '.join(features)}")
+    rows = features[arguments.feature]
+    if len(rows) != len(names):
+        raise ValueError(f"{path} has {len(rows)} rows of {arguments.feature} and {len(names)} names; write it again")
     return _Images(
-        features[arguments.feature],
+        rows,
         labels_of(names),
         names.__getitem__,
         lambda indices: _read(model, [root / names[index] for index in indices]),
@@ -188,7 +195,7 @@ def _files(arguments: argparse.Namespace, model: BigBiGAN, gallery: _Images) -> 
 
     files = list(map(Path, arguments.queries))
     images = _read(model, files)
-    rows = model.encode(images.float() / 127.5 - 1, seed=0)[arguments.feature].float().cpu()
+    rows = _encode(arguments, model, images)
     if arguments.features:
         _check_encoder(arguments, model, gallery)
     known = {_where(arguments, gallery.name(index)): index for index in range(len(gallery.rows))}
@@ -199,11 +206,17 @@ def _files(arguments: argparse.Namespace, model: BigBiGAN, gallery: _Images) -> 
     return _Images(rows, labels, lambda index: str(files[index]), lambda indices: images[list(indices)], facts), own
 
 
+def _encode(arguments: argparse.Namespace, model: BigBiGAN, images: Tensor) -> Tensor:
+    from bigbigan.evaluation.representations import model_features
+
+    return model_features(model, [arguments.feature]).features(images.float() / 127.5 - 1)[arguments.feature]
+
+
 def _check_encoder(arguments: argparse.Namespace, model: BigBiGAN, gallery: _Images) -> None:
     """That --model wrote --features: it encodes the first image again (z_sample, whose noise may differ, by width)."""
     import torch
 
-    first = model.encode(gallery.draw([0]).float() / 127.5 - 1, seed=0)[arguments.feature].float().cpu()
+    first = _encode(arguments, model, gallery.draw([0]))
     same = first.shape[1] == gallery.rows.shape[1]
     if same and arguments.feature != "z_sample":
         same = torch.allclose(first, gallery.rows[:1], rtol=1e-2, atol=1e-2)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from dataclasses import asdict
 
-from bigbigan.commands.options import Commands, add_command, add_model_options, markdown_table, open_model, positive
-from bigbigan.commands.records import DATA, ENDING, add_data_options, load_split, make_record, print_record
+from bigbigan.commands.options import Commands, add_command, add_model_options, open_model, positive
+from bigbigan.commands.records import DATA, ENDING, add_data_options, make_record, print_record
 
 
 def add_rotation(protocols: Commands) -> None:
@@ -27,16 +27,20 @@ def _rotation(arguments: argparse.Namespace) -> int:
     from torch import Tensor
 
     from bigbigan.evaluation.rotation import rotation_accuracy
+    from bigbigan.training.sources import open_dataset
     from bigbigan.training.step import pool_to
+    from bigbigan.workers import default_workers
 
     model = open_model(arguments, ("discriminator",))
     discriminator = model.part("discriminator")
     if not getattr(discriminator.config, "rotation_head", False):
         raise ValueError(f"the discriminator of {model.info.name!r} has no rotation head; SS-GAN recipes train one")
-    test, images = load_split(arguments, arguments.test_split, model)
+    test = open_dataset(arguments.data, split=arguments.test_split)
+    workers = arguments.workers or default_workers()
+    images = test.decode_all(model.config.preprocess, model.config.image_channels, workers=workers)
 
     def classify(x: Tensor) -> Tensor:
-        logits = discriminator(pool_to(x.to(model.device), discriminator.config.resolution)).rotation
+        logits = discriminator(pool_to(x.to(model.device, model.dtype), discriminator.config.resolution)).rotation
         assert logits is not None
         return logits
 
@@ -45,5 +49,5 @@ def _rotation(arguments: argparse.Namespace) -> int:
     rows += [(f"{90 * k} degrees", f"{100 * share:.2f}") for k, share in enumerate(result.per_turn)]
     protocol = {"name": "rotation", "turns": [0, 90, 180, 270]}
     record = make_record(model, protocol, test=test, results=[asdict(result)])
-    print_record(arguments, markdown_table(("Rotation", "Accuracy %"), rows), record)
+    print_record(arguments, ("Rotation", "Accuracy %"), rows, record)
     return 0

@@ -17,7 +17,7 @@ _FILTERS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box"}  
 
 
 def timm_features(name: str, *, device: str | torch.device = "cpu") -> Representation:
-    """The pooled features of a pretrained timm model, under its own data configuration.
+    """The pooled features [B, D] of a pretrained timm model, as `features`, under its own data configuration.
 
     Raises:
         ValueError: no such model, or preprocessing that is not a centre crop or a squash of square images.
@@ -37,12 +37,14 @@ def timm_features(name: str, *, device: str | torch.device = "cpu") -> Represent
     if height != width or mode not in ("center", "squash") or len(data["mean"]) != channels:
         raise ValueError(f"timm:{name} takes {data['input_size']} images with crop_mode {mode!r}; only squares, "
                          "centre-cropped or squashed, can be given")  # fmt: skip
+    edge = math.floor(height / data["crop_pct"])
+    top = round((edge - height) / 2)  # as torchvision's CenterCrop, which timm uses
     return module_features(
         module.to(device),
-        _prepared(math.floor(height / data["crop_pct"]), data["interpolation"], squash=mode == "squash"),
+        _prepared(edge, data["interpolation"], squash=mode == "squash"),
         mean=data["mean"],
         std=data["std"],
-        crop=height,
+        crop=(top, top + height),
         name=f"timm:{name}",
         settings=[name, timm.__version__],
     )
@@ -51,12 +53,13 @@ def timm_features(name: str, *, device: str | torch.device = "cpu") -> Represent
 def huggingface_features(
     name: str, *, pooling: str = "pooled", revision: str | None = None, device: str | torch.device = "cpu"
 ) -> Representation:
-    """Features of a vision model on the Hugging Face Hub, under its own image processor's settings.
+    """Features [B, D] of a vision model on the Hugging Face Hub, under its own image processor's settings.
 
     Of models of text and images, the part for images. Where the processor keeps whole pictures, the centre square.
 
     Args:
-        pooling: "pooled", the model's `pooler_output`; "cls", the first token; "mean", that of all tokens or places.
+        pooling: "pooled", the model's `pooler_output`; "cls", its "first token"; "mean", that of all tokens or places,
+            "mean of the last layer". These are the names of the output.
 
     Raises:
         ValueError: no such model or output, or preprocessing that cannot be followed.
@@ -75,6 +78,7 @@ def huggingface_features(
         raise ValueError(f"hf:{name} cannot be loaded: {error}") from error
     module = getattr(module, "vision_model", module)
     preprocess, crop, mean, std = _processing(processor.to_dict(), f"hf:{name}")
+    top = (preprocess.size - (crop or 0)) // 2  # as transformers' center_crop
 
     def read(out: Any) -> Tensor:
         if pooling == "pooled":
@@ -94,7 +98,7 @@ def huggingface_features(
         preprocess,
         mean=mean,
         std=std,
-        crop=crop,
+        crop=None if crop is None else (top, top + crop),
         name=f"hf:{name}",
         output={"pooled": "pooler_output", "cls": "first token", "mean": "mean of the last layer"}[pooling],
         read=read,

@@ -34,7 +34,7 @@ class ImageSource(Protocol):
 
     Attributes:
         digest: of the images.
-        bad: numbers of images that could not be read and were replaced, with reasons, as far as they were met.
+        bad: by number, why an image could not be read and was replaced, as far as they were met.
     """
 
     digest: str
@@ -45,7 +45,7 @@ class ImageSource(Protocol):
     def __len__(self) -> int: ...
 
     def batches(self, start: int) -> Iterator[Tensor]:
-        """Images [B, C, S, S] uint8 from number `start` on."""
+        """Images [B, C, S, S] uint8 from number `start` on, to the last."""
 
     def read_again(self, numbers: Iterable[int]) -> None:
         """Meets these unreadable images, where features that are kept spared reading them."""
@@ -64,7 +64,9 @@ class TensorImages:
             raise ValueError(f"images are {self.images.dtype} {list(self.images.shape)}; expected uint8 [N, C, S, S]")
         if not self.digest:
             shape = json.dumps(list(self.images.shape)).encode()
-            self.digest = hashlib.sha256(shape + self.images.contiguous().numpy().tobytes()).hexdigest()
+            sha256 = hashlib.sha256(shape)
+            sha256.update(self.images.cpu().contiguous().numpy().data)
+            self.digest = sha256.hexdigest()
 
     @property
     def bad(self) -> Mapping[int, str]:
@@ -106,8 +108,8 @@ def compute_features(
         "channels": representation.channels,
     }
     folder = Path(cache) / hashlib.sha256(json.dumps(entry).encode()).hexdigest()[:32]
-    stores = {output: _Store(folder, output, len(images)) for output in representation.outputs}
     with _locked(folder):
+        stores = {output: _Store(folder, output, len(images)) for output in representation.outputs}
         if not (folder / "entry.json").exists():
             text = json.dumps({"name": representation.name, **entry}, indent=2)
             with atomic_write(folder / "entry.json") as temporary:
@@ -134,6 +136,8 @@ def _computed(
             yield representation.features(batch.float() / 127.5 - 1, start)
             start += len(batch)
             bar.update(len(batch))
+    if start != len(images):
+        raise ValueError(f"{start} of {len(images)} images came; `batches` must give all of them")
 
 
 def _in_memory(representation: Representation, images: ImageSource, progress: bool) -> dict[str, Tensor]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
 import os
 import shutil
-import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +21,6 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from bigbigan.config import PreprocessConfig
@@ -32,6 +31,7 @@ from bigbigan.fuse import FusedPart
 from bigbigan.images import BadImageError, list_images, preprocess
 from bigbigan.model import BigBiGAN, indexed_noise
 from bigbigan.schema import to_dict
+from bigbigan.workers import default_workers, run_jobs
 
 PIECE_ROWS = 256  # what a kill may cost
 PIECE_NAME = "{:06d}.safetensors"
@@ -155,7 +155,7 @@ def encode_files(
     resumed = sum(_gather(sum(piece.rows for piece in pieces), world_size))
     read = partial(_read, model.config.preprocess, model.config.image_channels, options)
     todo = list(files.values())[start : bounds[rank + 1]]
-    images: Iterable[Read] = _read_ahead(read, todo, _workers(workers, world_size, len(todo), model), 2 * batch_size)
+    images: Iterable[Read] = _read_ahead(read, todo, _workers(workers, len(todo), model), 2 * batch_size)
     shown = progress and rank == 0
     images = tqdm(images, total=bounds[rank + 1] - bounds[rank], initial=start - bounds[rank], unit="img",
                   disable=None if shown else True)  # fmt: skip
@@ -218,42 +218,22 @@ def _read(config: PreprocessConfig, channels: int, options: dict[str, Any], path
         return error.reason
 
 
-def _workers(workers: int | None, world_size: int, files: int, model: BigBiGAN) -> int:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    wanted = max(1, min(cores // world_size, 16)) if workers is None else workers
+def _workers(workers: int | None, files: int, model: BigBiGAN) -> int:
+    wanted = default_workers() if workers is None else workers
     if workers is None and model.device.type == "cpu" and model.config.preprocess.resolution >= LARGE:
         wanted = max(0, wanted - 2)  # its encoder takes all cores: what is taken from one of them, all wait for
     return min(wanted, files // (2 * _CHUNK))  # starting one takes as long as reading a few images
 
 
-class _Files(Dataset[Read]):
-    def __init__(self, read: Callable[[Path], Read], paths: Sequence[Path]):
-        self.read, self.paths = read, paths
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> Read:
-        return self.read(self.paths[index])
-
-
 def _read_ahead(read: Callable[[Path], Read], paths: Sequence[Path], workers: int, ahead: int) -> Iterator[Read]:
     """`read` of each file, in order, about `ahead` of them waiting to be taken."""
-    loader = DataLoader(
-        _Files(read, paths),
-        batch_size=_CHUNK,
-        num_workers=workers,
-        collate_fn=list,
-        prefetch_factor=max(2, -(-ahead // (_CHUNK * workers))) if workers else None,
-        worker_init_fn=_leave_interrupts if workers else None,
-        generator=torch.Generator(),  # without one, torch's global state would move
-    )
-    for chunk in loader:
-        yield from chunk
+    chunks = (paths[start : start + _CHUNK] for start in range(0, len(paths), _CHUNK))
+    ahead = max(2, -(-ahead // (_CHUNK * max(workers, 1))))
+    return itertools.chain.from_iterable(run_jobs(partial(_read_all, read), chunks, workers, ahead=ahead))
 
 
-def _leave_interrupts(worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # ctrl-C reaches all; the parent ends its workers
+def _read_all(read: Callable[[Path], Read], paths: Sequence[Path]) -> list[Read]:
+    return list(map(read, paths))
 
 
 def _encode_pieces(
@@ -270,8 +250,7 @@ def _encode_pieces(
 
     def flush() -> None:
         if batch:
-            x = torch.cat(batch)
-            batches.append(encode(x.pin_memory() if encode.device.type == "cuda" else x, 0))
+            batches.append(encode(torch.cat(batch), 0))
             batch.clear()
 
     def rows() -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +106,7 @@ def _write_parquet(path: Path, names: list[str], widths: dict[str, int], pieces:
             done += number
 
 
-def read_features(path: str | Path, *, rows: int | None = None) -> dict[str, Rows]:
+def read_features(path: str | Path, *, rows: int | None = None, prefer: Sequence[str] = ()) -> dict[str, Rows]:
     """Features [N, D] by name, from what `encode` wrote or from any file of such arrays.
 
     .safetensors and .npy stay on the disk until they are indexed; .npz and .parquet are read whole. Arrays of text
@@ -114,6 +114,7 @@ def read_features(path: str | Path, *, rows: int | None = None) -> dict[str, Row
 
     Args:
         rows: how many there must be.
+        prefer: read these alone, if the file holds any of them.
 
     Raises:
         ValueError: another suffix, no such file, no features in it, another number of rows, NaN or infinity.
@@ -125,7 +126,7 @@ def read_features(path: str | Path, *, rows: int | None = None) -> dict[str, Row
     if not path.is_file():
         raise ValueError(f"{path}: no such file; `bigbigan encode` writes one")
     try:
-        arrays = _READERS[path.suffix.lower()](path)
+        arrays = _READERS[path.suffix.lower()](path, prefer)
     except (OSError, ValueError, KeyError, zipfile.BadZipFile, SafetensorError) as error:
         raise ValueError(f"{path} is no readable feature file: {error}") from error
     features: dict[str, Rows] = {}
@@ -146,18 +147,22 @@ def read_features(path: str | Path, *, rows: int | None = None) -> dict[str, Row
     return features
 
 
-def _read_npy(path: Path) -> dict[str, Any]:
+def _chosen(names: Sequence[str], prefer: Sequence[str]) -> list[str]:
+    return [name for name in names if name in prefer] or list(names)
+
+
+def _read_npy(path: Path, prefer: Sequence[str]) -> dict[str, Any]:
     return {"features": np.load(path, mmap_mode="r")}
 
 
-def _read_npz(path: Path) -> dict[str, Any]:
+def _read_npz(path: Path, prefer: Sequence[str]) -> dict[str, Any]:
     with np.load(path) as archive:
-        return {name: array for name in archive.files if (array := archive[name]).dtype.kind != "U"}
+        return {name: array for name in _chosen(archive.files, prefer) if (array := archive[name]).dtype.kind != "U"}
 
 
-def _read_safetensors(path: Path) -> dict[str, Any]:
+def _read_safetensors(path: Path, prefer: Sequence[str]) -> dict[str, Any]:
     with safe_open(path, framework="np") as file:  # checks header, types and offsets
-        names = list(file.keys())
+        names = _chosen(list(file.keys()), prefer)
     with open(path, "rb") as stream:
         start = 8 + int.from_bytes(stream.read(8), "little")
         header = json.loads(stream.read(start - 8))
@@ -171,14 +176,14 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
     return found
 
 
-def _read_parquet(path: Path) -> dict[str, Any]:
+def _read_parquet(path: Path, prefer: Sequence[str]) -> dict[str, Any]:
     try:
         import pyarrow.compute
         from pyarrow import parquet
     except ImportError as error:
         raise ImportError(f"reading {path} needs pyarrow: pip install 'bigbigan[eval]'") from error
     try:
-        table = parquet.read_table(path)
+        table = parquet.read_table(path, columns=_chosen(parquet.read_schema(path).names, prefer))
     except pyarrow.ArrowException as error:
         raise ValueError(str(error)) from error
     found = {}
@@ -197,7 +202,7 @@ def _read_parquet(path: Path) -> dict[str, Any]:
     return found
 
 
-_READERS: dict[str, Callable[[Path], dict[str, Any]]] = {
+_READERS: dict[str, Callable[[Path, Sequence[str]], dict[str, Any]]] = {
     ".npz": _read_npz,
     ".npy": _read_npy,
     ".safetensors": _read_safetensors,

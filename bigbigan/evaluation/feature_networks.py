@@ -62,7 +62,7 @@ def inception_network(device: str = "cpu") -> FeatureNetwork:
             "pip install torch-fidelity, or choose another network with --network"
         ) from error
     try:
-        network = FeatureExtractorInceptionV3(INCEPTION, ["2048", "logits_unbiased"]).to(device)
+        network = FeatureExtractorInceptionV3(INCEPTION, ["2048", "logits_unbiased"]).to(device).eval()
     except OSError as error:
         raise OSError(
             f"the weights of FID's Inception network cannot be fetched ({error}): "

@@ -1,4 +1,4 @@
-"""Features of a tensor of images, and the digest of what makes them."""
+"""Encoder outputs of batches, and the digest of what makes them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from dataclasses import fields
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from bigbigan.config import EncoderConfig, MLPEncoderConfig
 from bigbigan.encoder import EncoderOutput
@@ -20,34 +19,6 @@ from bigbigan.schema import to_dict
 OUTPUTS = tuple(field.name for field in fields(EncoderOutput))
 
 logger = logging.getLogger(__name__)
-
-
-def extract_features(
-    model: BigBiGAN,
-    images: Tensor,
-    outputs: Sequence[str] = OUTPUTS,
-    *,
-    batch_size: int = 256,
-    seed: int = 0,
-    progress: bool = False,
-) -> dict[str, Tensor]:
-    """The named encoder outputs, [N, D] float32 on the CPU, of images [N, C, S, S] uint8 at the encoder's resolution.
-
-    Raises:
-        ValueError: an output that encoders do not have, no images, or of another dtype or shape.
-    """
-    if images.dtype != torch.uint8 or not len(images):
-        raise ValueError(f"images are {images.dtype} {list(images.shape)}; expected uint8 [N, C, S, S]")
-    encode = BatchEncoder(model, outputs, batch_size, seed)
-    features = {name: torch.empty(len(images), width) for name, width in encode.widths.items()}
-    bar = tqdm(total=len(images), desc="encoding", unit="img", disable=None if progress else True)
-    with bar:
-        for start in range(0, len(images), batch_size):
-            batch = images[start : start + batch_size]
-            for name, rows in encode(batch.float() / 127.5 - 1, start).items():
-                features[name][start : start + len(batch)] = rows
-            bar.update(len(batch))
-    return features
 
 
 def digest(network: nn.Module) -> str:

@@ -80,9 +80,9 @@ class FeatureStatistics:
             raise
         except Exception as error:  # zip, header and JSON errors of damaged files are an open set
             raise ValueError(f"{path} holds no statistics written by --save-statistics ({error!r})") from error
-        d = len(mean)
-        sound = mean.shape == (d,) and covariance.shape == (d, d) and result.count > 1
-        if not sound or {mean.dtype, covariance.dtype} != {torch.float64} or not covariance.isfinite().all():
+        sound = mean.ndim == 1 and covariance.shape == mean.shape * 2 and result.count > 1
+        sound = sound and {mean.dtype, covariance.dtype} == {torch.float64}
+        if not sound or not (mean.isfinite().all() and covariance.isfinite().all()):
             raise ValueError(f"{path} holds {mean.dtype} {list(mean.shape)}, {list(covariance.shape)}: no statistics")
         if result.network_digest != network.digest:
             raise ValueError(
@@ -93,6 +93,10 @@ class FeatureStatistics:
 
 
 def check_statistics_path(path: Path) -> None:
+    """
+    Raises:
+        ValueError: another suffix than .npz or .safetensors.
+    """
     if path.suffix not in (".npz", ".safetensors"):
         raise ValueError(f"{path}: statistics are .npz or .safetensors, not {path.suffix or 'without a suffix'}")
 

@@ -129,7 +129,7 @@ def _candidates(
     shrink, underflow = (1 - n * u / (1 - n * u), 1e-30) if dtype == torch.float32 else (1.0, 0.0)
     narrow = a.to(dtype)
     # Beyond that range, and where torch may multiply in less than float32, the bound would not hold: nothing is proven.
-    sound = torch.get_float32_matmul_precision() == "highest" and bool((size < 1e30).all())
+    sound = _multiplies_exactly() and bool((size < 1e30).all())
     best: tuple[Tensor, Tensor] | None = None
     for start in range(0, len(rows), CHUNK):
         b, squares = prepare(rows[start : start + CHUNK])
@@ -146,6 +146,13 @@ def _candidates(
     assert best is not None
     last = best[0][:, -1].double()
     return last if sound else torch.full_like(last, -torch.inf), best[1]
+
+
+def _multiplies_exactly() -> bool:
+    try:
+        return torch.get_float32_matmul_precision() == "highest"
+    except RuntimeError:  # what torch answers once `fp32_precision`, its newer setting, was used
+        return False
 
 
 def _ranked(queries: Tensor, rows: Rows, index: Tensor, metric: str) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from bigbigan.evaluation.rows import Rows
+from bigbigan.evaluation.rows import Rows, column_mean
 
 logger = logging.getLogger(__name__)
 
@@ -200,12 +200,12 @@ def _top_k_accuracy(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, k: int) 
 
 def _standardize(fit: Tensor, other: Tensor, *, scale: bool) -> tuple[Tensor, Tensor]:
     """Both by the mean and deviation of `fit`. As the bias is free, centring changes the pace but no solution."""
-    mean = fit.mean(0, dtype=torch.float64).to(fit.dtype)
+    mean = column_mean(fit).to(fit)
     centred, other = fit - mean, other - mean
     # Compared exactly: rounding leaves the deviation of a constant column small but not zero.
     factor = (fit.amax(0) > fit.amin(0)).to(fit.dtype)
     if scale:
-        deviation = torch.linalg.vector_norm(centred, dim=0, dtype=torch.float64) / len(fit) ** 0.5
+        deviation = column_mean(centred, torch.square).sqrt().to(fit.device)
         factor = torch.where(factor > 0, 1 / deviation, 0).to(fit.dtype)
     return centred.mul_(factor), other.mul_(factor)
 
@@ -249,6 +249,10 @@ def class_indices(train_y: Tensor, test_y: Tensor) -> tuple[Tensor, Tensor, Tens
 
 
 def check_holdout(holdout: int, number: int) -> None:
+    """
+    Raises:
+        ValueError: of `number` training rows, so many cannot be held out.
+    """
     if not 0 < holdout < number:
         raise ValueError(f"holdout is {holdout}; of {number} training rows, hold out 1 to {number - 1}")
 

@@ -66,7 +66,7 @@ def train_classifier(
     seed: int = 0,
     progress: bool = False,
 ) -> Classifier:
-    """A `Classifier` trained on real images, in eval mode; the same seed gives the same weights on the same machine.
+    """A `Classifier` trained on real images, in eval mode; on one CPU, the same seed gives the same weights.
 
     Adam under a linear warm-up that meets a cosine decay to 0.
 

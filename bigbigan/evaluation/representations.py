@@ -125,7 +125,7 @@ def module_features(
     *,
     mean: Sequence[float] = (0.5, 0.5, 0.5),
     std: Sequence[float] = (0.5, 0.5, 0.5),
-    crop: int | None = None,
+    crop: tuple[int, int] | None = None,
     name: str,
     output: str = "features",
     read: Callable[[Any], Tensor] = lambda out: out,
@@ -136,7 +136,8 @@ def module_features(
     Args:
         preprocess: gives images in [-1, 1]; the module gets them as (v - mean) / std with v in [0, 1]. By default
             that is [-1, 1] again. C is the length of `mean`.
-        crop: side of the centre square that is cut from them, where a model scales to more than it looks at.
+        crop: first row (and column) of the centre square that is cut from them, and the first beyond it, where a model
+            scales to more than it looks at.
         read: features [B, D] from what the module returns.
         settings: JSON that tells apart modules of equal weights, for a cache of features.
     """
@@ -146,15 +147,15 @@ def module_features(
 
     def run(x: Tensor) -> Tensor:
         if crop is not None:
-            top = (x.shape[-1] - crop) // 2
-            x = x[..., top : top + crop, top : top + crop]
-        return read(module(((x / 2 + 0.5 - shift) / scale).to(place.device, place.dtype)))
+            x = x[..., slice(*crop), slice(*crop)]
+        return read(module(((x.cpu() / 2 + 0.5 - shift) / scale).to(place.device, place.dtype)))
 
     what = [weights_digest(module, repr(module)), list(mean), list(std), crop, output, settings, place.device.type]
     return function_features(run, preprocess, len(mean), name=name, digest=_sha256(what), output=output)
 
 
 def pixels(preprocess: PreprocessConfig, channels: int) -> Representation:
+    """The images themselves, [B, channels * S * S] in [-1, 1]."""
     return function_features(
         lambda x: x.flatten(1), preprocess, channels, name="raw pixels", digest="pixels", output="pixels"
     )

@@ -16,7 +16,14 @@ from bigbigan.evaluation.rows import Rows
 
 
 def retrieve(
-    rows: Rows, queries: Rows, k: int, *, metric: str = "cosine", own: Tensor | None = None, progress: bool = False
+    rows: Rows,
+    queries: Rows,
+    k: int,
+    *,
+    metric: str = "cosine",
+    own: Tensor | None = None,
+    device: str | torch.device = "cpu",
+    progress: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Distances and indices, [M, k] each and nearest first, of the rows [N, D] nearest to the queries [M, D].
 
@@ -28,10 +35,10 @@ def retrieve(
         ValueError: as `nearest`, or more neighbours than rows.
     """
     if own is None or not (own >= 0).any():
-        return nearest(rows, queries, k, metric=metric, progress=progress)
+        return nearest(rows, queries, k, metric=metric, device=device, progress=progress)
     if not 1 <= k < len(rows):
         raise ValueError(f"k is {k}; beside a query itself there are {len(rows) - 1} images to choose from")
-    distances, indices = nearest(rows, queries, k + 1, metric=metric, progress=progress)
+    distances, indices = nearest(rows, queries, k + 1, metric=metric, device=device, progress=progress)
     # The query stands somewhere among images equal to it, or beyond the last of them: then the last is left out.
     left_out = indices == own[:, None].cpu()
     left_out[:, -1] |= ~left_out.any(1)

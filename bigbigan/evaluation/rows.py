@@ -68,7 +68,7 @@ def select(rows: Rows, index: Tensor) -> Rows:
 
 
 def chunks(rows: Rows) -> Iterator[Tensor]:
-    return (rows[start : start + CHUNK] for start in range(0, len(rows), CHUNK))
+    return (rows[start : start + CHUNK] for start in range(0, len(rows) or 1, CHUNK))
 
 
 def column_mean(rows: Rows, function: Callable[[Tensor], Tensor] = lambda chunk: chunk) -> Tensor:
@@ -99,7 +99,12 @@ def bn_crelu(train: Rows, *others: Rows, eps: float = 1e-5) -> tuple[Rows, ...]:
     Without scale or offset, as BigBiGAN's paper does with its own features: [N, 2 D]. Stored rows stay stored.
     """
     function = fit_bn_crelu(train, eps=eps)
-    return tuple(rows.map(function) if isinstance(rows, StoredRows) else function(rows) for rows in (train, *others))
+    return tuple(mapped(rows, function) for rows in (train, *others))
+
+
+def mapped(rows: Rows, function: Callable[[Tensor], Tensor]) -> Rows:
+    """`function` of each row; of stored rows, when they are read."""
+    return rows.map(function) if isinstance(rows, StoredRows) else torch.cat([function(x) for x in chunks(rows)])
 
 
 def fit_bn_crelu(train: Rows, *, eps: float = 1e-5) -> Callable[[Tensor], Tensor]:
@@ -109,4 +114,4 @@ def fit_bn_crelu(train: Rows, *, eps: float = 1e-5) -> Callable[[Tensor], Tensor
     mean = column_mean(train)
     variance = column_mean(train, lambda chunk: (chunk - mean).square())
     factor = 1 / (variance + eps).sqrt()
-    return lambda rows: crelu(((rows.double() - mean) * factor).float())
+    return lambda rows: crelu(((rows.double() - mean.to(rows.device)) * factor.to(rows.device)).float())

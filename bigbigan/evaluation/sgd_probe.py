@@ -143,7 +143,7 @@ class StackedClassifiers:
         for rows in chunks(x):
             if not rows.isfinite().all():
                 raise ValueError(f"features hold NaN or infinity between rows {done} and {done + len(rows)}")
-            target, done = y[done : done + len(rows)], done + len(rows)
+            target, done = y[done : done + len(rows)].cpu(), done + len(rows)
             wide = rows.to(self.weight).expand(len(self.lrs), -1, -1)
             found = torch.baddbmm(self.average[1][:, None], wide, self.average[0]).topk(k, dim=2).indices.cpu()
             right += (found == target[None, :, None]).any(2).sum(1)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import os
 from collections.abc import Generator, Iterable, Iterator
 from typing import Any
 
@@ -14,9 +13,12 @@ from torch import Tensor
 
 from bigbigan.config import PreprocessConfig
 from bigbigan.training.augment import NUM_DRAWS, AugmentationConfig, augment, permutation, uniform
-from bigbigan.training.decoding import Decoded, Decoder, Job, decode_jobs
+from bigbigan.training.decoding import Decoded, Decoder, Job
 from bigbigan.training.sources import MAX_BYTES, ImageDataset, UnreadableImages
 from bigbigan.training.streaming import ImageStream, Position, StreamedImage, read_ahead
+from bigbigan.workers import default_workers, run_jobs
+
+JOB_IMAGES = 256  # that a worker decodes at a time: two jobs a worker wait in memory, however large the batch
 
 
 class Images:
@@ -73,12 +75,6 @@ class Images:
         """Training batches, with this object's augmentation."""
         kind = StreamBatches if self.stream else Batches
         return kind(self, batch_size, seed, augmentation=self.augmentation, rank=rank, world_size=world_size)
-
-
-def default_workers() -> int:
-    """One for each of this process's share of the cores, at most 16."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(16, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))  # torchrun's processes a machine
 
 
 class Batches:
@@ -170,22 +166,28 @@ class Batches:
         decoder = self._images.indexed.decoder(
             self._images.config, self._images.channels, augmentation=self._augmentation, seed=self._seed
         )
-        return self._images.indexed.accept(self._result(k, decoder, self._images.workers))
+        return torch.cat(
+            [self._images.indexed.accept(part) for part in self._decoded(k, decoder, self._images.workers)]
+        )
 
-    def _result(self, k: int, decoder: Decoder, workers: int) -> Decoded:
+    def _decoded(self, k: int, decoder: Decoder, workers: int) -> list[Decoded]:
+        """A batch, in its jobs."""
         if self._results is None or k != self._next:
             self.close()
-            self._results = decode_jobs(decoder, self._jobs(k), workers)
+            self._results = run_jobs(decoder, self._jobs(k), workers)
         try:
-            result = next(self._results)
+            parts = [next(self._results) for _ in range(0, self._local_size, JOB_IMAGES)]
         except Exception:  # whatever it is, the workers end
             self.close()
             raise
         self._next = k + self.batch_size
-        return result
+        return parts
 
     def _jobs(self, k: int) -> Iterable[Job]:
-        return (Job(self.indices(first).numpy(), self._samples(first)) for first in itertools.count(k, self.batch_size))
+        for first in itertools.count(k, self.batch_size):
+            indices, samples = self.indices(first).numpy(), self._samples(first)
+            for start in range(0, len(samples), JOB_IMAGES):
+                yield Job(indices[start : start + JOB_IMAGES], samples[start : start + JOB_IMAGES])
 
 
 class StreamBatches(Batches):
@@ -222,13 +224,14 @@ class StreamBatches(Batches):
         self._next, self._position = state["sample"], (epoch, place, taken)
 
     def _uint8(self, k: int) -> Tensor:
-        result = self._result(k, self._decoder, self._workers)
-        first, self._seen, self._position = self._seen, self._seen + self._local_size, result.job.position
-        bad = {first + index: f"{result.job.names[index]}: {reason}" for index, reason in result.bad.items()}
-        self._unreadable.add(bad, max(self._seen, 10_000))  # or one image would be too many for an early batch
-        if (result.used < 0).any():
-            raise ValueError(f"no image of a whole batch can be read: {'; '.join(list(bad.values())[:5])}")
-        return result.images
+        parts = self._decoded(k, self._decoder, self._workers)
+        for part in parts:
+            first, self._seen, self._position = self._seen, self._seen + len(part.used), part.job.position
+            bad = {first + index: f"{part.job.names[index]}: {reason}" for index, reason in part.bad.items()}
+            self._unreadable.add(bad, max(self._seen, 10_000))  # or one image would be too many for an early batch
+            if (part.used < 0).any():
+                raise ValueError(f"none of {len(part.used)} images can be read: {'; '.join(list(bad.values())[:5])}")
+        return torch.cat([part.images for part in parts])
 
     def _jobs(self, k: int) -> Iterable[Job]:
         start, position = (self._next, self._position) if k >= self._next else (0, (0, 0, 0))
@@ -243,7 +246,9 @@ class StreamBatches(Batches):
 def _stream_jobs(images: Iterator[StreamedImage], samples: np.ndarray, batch_size: int) -> Iterator[Job]:
     # Not a method: the thread that runs it would keep the batches, and so itself, alive.
     while True:
-        taken = list(itertools.islice(images, len(samples)))
-        sources, names = [image.source for image in taken], [image.name for image in taken]
-        yield Job(np.arange(len(taken)), samples, sources, names, taken[-1].position)
+        for start in range(0, len(samples), JOB_IMAGES):
+            numbers = samples[start : start + JOB_IMAGES]
+            taken = list(itertools.islice(images, len(numbers)))
+            sources, names = [image.source for image in taken], [image.name for image in taken]
+            yield Job(np.arange(len(taken)), numbers, sources, names, taken[-1].position)
         samples = samples + batch_size

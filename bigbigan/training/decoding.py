@@ -1,13 +1,9 @@
-"""From encoded images to uint8 batches, in this process or in worker processes."""
+"""From encoded images to uint8 batches."""
 
 from __future__ import annotations
 
 import io
-import os
-import signal
-import sys
-import threading
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +12,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from bigbigan.config import PreprocessConfig
 from bigbigan.images import FORMATS, WHITE, BadImageError, preprocess, read_image
@@ -45,7 +40,7 @@ class Decoded:
 
 
 @dataclass
-class Decoder(Dataset[Decoded]):
+class Decoder:
     """Decodes jobs; an unreadable image is replaced by the next readable one of the same sources.
 
     Images come under evaluation preprocessing, or, where `augmentation` takes them from the original picture and the
@@ -63,7 +58,7 @@ class Decoder(Dataset[Decoded]):
     seed: int = 0
     bad: dict[int, str] = field(default_factory=dict)  # of `sources`, so that none is tried twice
 
-    def __getitem__(self, job: Job) -> Decoded:
+    def __call__(self, job: Job) -> Decoded:
         sources, bad = (self.sources, self.bad) if job.sources is None else (job.sources, {})
         known, used = set(bad), job.indices.copy()
         images = np.zeros((len(used), self.channels, self.config.resolution, self.config.resolution), np.uint8)
@@ -126,65 +121,3 @@ def _opened(data: bytes) -> Image.Image:
         return Image.open(io.BytesIO(data), formats=FORMATS)
     except Exception as error:  # what damaged files raise in Pillow is an open set
         raise BadImageError(None, f"cannot be decoded ({type(error).__name__}: {error})") from error
-
-
-def decode_jobs(decoder: Decoder, jobs: Iterable[Job], workers: int) -> Generator[Decoded, None, None]:
-    """Results in the order of the jobs, decoded ahead by `workers` processes (0: here, when asked for).
-
-    Jobs are taken from their iterator in this process, so the workers' number changes no result. Workers leave
-    SIGINT and SIGTERM to this process, which may want to finish its step first.
-
-    Raises:
-        ChildProcessError: a worker died.
-    """
-    failure: Exception | None = None
-
-    def watched() -> Generator[Job, None, None]:
-        nonlocal failure
-        try:
-            yield from jobs
-        except Exception as error:
-            failure = error
-            raise
-
-    loader = DataLoader(
-        decoder,
-        sampler=watched(),
-        batch_size=None,
-        num_workers=workers,
-        prefetch_factor=2 if workers else None,
-        worker_init_fn=_leave_signals if workers else None,
-        # Workers inherit images in memory; started otherwise, as Python 3.14 does by default, each gets a pickled copy.
-        multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
-        collate_fn=_unchanged,  # type: ignore[arg-type]  # with batch_size=None it gets an item, not a list
-        generator=torch.Generator(),  # without one, torch's global state would move
-    )
-    try:
-        yield from loader
-    except (RuntimeError, ConnectionError, EOFError, FileNotFoundError) as error:
-        # Torch's word for it; or a broken pipe, when it died while it handed a batch over.
-        died = str(error).startswith("DataLoader worker")
-        if not isinstance(error, RuntimeError):
-            died = workers > 0 and error is not failure and not str(error).startswith("Caught ")
-        if not died:
-            raise
-        hint = "It decodes images; too little memory is the usual cause: try fewer workers"
-        raise ChildProcessError(f"a DataLoader worker died ({error}). {hint}") from error
-
-
-def _unchanged(item: Decoded) -> Decoded:
-    return item
-
-
-def _leave_signals(worker: int) -> None:
-    """Ctrl-C and `kill` reach a whole group of processes, but only the parent may end a worker."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # not on macOS and Windows, where SIGTERM ends it
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_obey_parent, daemon=True).start()
-
-
-def _obey_parent() -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-        pass
-    os._exit(0)

@@ -32,7 +32,8 @@ def inference_model(state: TrainingState, images: Tensor | Images, info: ModelIn
         getattr(model, name).load_state_dict(weights, strict=True)
     pieces = max(config.accumulate, -(-config.batch_size // MAX_STANDING_BATCH))
     size = config.batch_size // pieces
-    standing_statistics(model, images, config.standing_passes * pieces, size, state.device)
+    device = state.device if state.device.type == "cuda" else "cpu"  # MPS lacks float64, which sums statistics
+    standing_statistics(model, images, config.standing_passes * pieces, size, device)
     return model.eval().requires_grad_(True)
 
 
@@ -69,7 +70,8 @@ def standing_statistics(
         generator, encoder = model.part("generator").eval(), model.part("encoder").eval()
         with StandingStatistics(judge) as statistics:
             for i in range(passes):
-                statistics(x(i), encoder(x(i)).z_sample)
-                statistics(generator(z(i)), z(i))
+                real, latents = x(i), z(i)
+                statistics(real, encoder(real).z_sample)
+                statistics(generator(latents), latents)
     model.to("cpu")
     draws.close()

@@ -30,7 +30,7 @@ def load_model(state: TrainingState, model: BigBiGAN) -> list[str]:
         if part.config != network.config:
             raise ConfigError(f"{name} of {model.info.name!r} is {part.config}, of the run {network.config}")
         try:
-            _load(network, part.state_dict())
+            _load(network, {key: value.to(state.device) for key, value in part.state_dict().items()})
         except ConfigError as error:
             raise ConfigError(f"{name} of {model.info.name!r}: {error}") from None
         if name in state.ema:

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from bigbigan.evaluation.features import BatchEncoder
 from bigbigan.evaluation.knn import knn_accuracy
 from bigbigan.evaluation.linear_probe import linear_probe
 from bigbigan.grids import enlargement, make_grid, make_pairs, match_size
@@ -65,7 +66,8 @@ class Monitor:
         save_image(make_pairs(x, again), folder / f"reconstructions-{num_images:010d}.png")
         scores = {"pixel_l1": round((again - match_size(x, again)).abs().mean().item(), 5)}
         if self.chosen is not None:
-            parts = [self._features(model, indices) for indices in self.chosen.split(PROBE_BATCH)]
+            encode = BatchEncoder(model, ("avepool_feat", "bn_crelu_feat"), PROBE_BATCH, 0)
+            parts = [encode(self.images[i].float() / 127.5 - 1, 0) for i in self.chosen.split(PROBE_BATCH)]
             labels, n = self.labels[self.chosen], self.fitted
             for name, rows in ((name, torch.cat([part[name] for part in parts])) for name in parts[0]):
                 probe = linear_probe(
@@ -76,7 +78,3 @@ class Monitor:
                     (near,) = knn_accuracy(rows[:n], labels[:n], rows[n:], labels[n:], ks=(min(NEIGHBOURS, n),))
                     scores[f"knn_{name}"] = round(near.accuracy, 5)
         return scores
-
-    def _features(self, model: BigBiGAN, indices: Tensor) -> dict[str, Tensor]:
-        out = model.encode(self.images[indices].float() / 127.5 - 1, seed=0, batch_size=PROBE_BATCH)
-        return {name: out[name] for name in ("avepool_feat", "bn_crelu_feat")}

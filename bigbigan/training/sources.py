@@ -21,7 +21,8 @@ from tqdm import tqdm
 
 from bigbigan.config import PreprocessConfig
 from bigbigan.images import list_images
-from bigbigan.training.decoding import Decoded, Decoder, Job, Source, decode_jobs
+from bigbigan.training.decoding import Decoded, Decoder, Job, Source
+from bigbigan.workers import run_jobs
 
 if TYPE_CHECKING:
     from bigbigan.training.streaming import ImageStream
@@ -147,7 +148,7 @@ class ImageDataset:
         wanted = np.fromiter(map(int, indices), np.int64)
         images = torch.empty((len(wanted), channels, config.resolution, config.resolution), dtype=torch.uint8)
         jobs = [Job(wanted[start : start + CHUNK]) for start in range(0, len(wanted), CHUNK)]
-        results = decode_jobs(
+        results = run_jobs(
             self.decoder(config, channels), jobs, min(workers, len(jobs) // 16)
         )  # starting one takes a while
         # `disable=None`: only on a terminal
@@ -163,7 +164,7 @@ class ImageDataset:
         """Images [size, C, S, S] uint8, of the last batch the rest, in order from `start` on, as `uint8` gives them."""
         stops = range(start + size, len(self) + size, size)
         jobs = (Job(np.arange(stop - size, min(stop, len(self)))) for stop in stops)
-        for decoded in decode_jobs(self.decoder(config, channels), jobs, min(workers, len(stops) // 2)):
+        for decoded in run_jobs(self.decoder(config, channels), jobs, min(workers, len(stops) // 2)):
             yield self.accept(decoded)
 
     def decode_all(
