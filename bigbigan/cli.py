@@ -46,8 +46,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         except KeyboardInterrupt:
             print(f"{label}: interrupted", file=sys.stderr)
             return 130
-        except (ValueError, OSError, ImportError) as error:
+        except (ValueError, OSError, ImportError, RuntimeError) as error:
             if isinstance(error, ModuleNotFoundError):  # not one of ours, which name the extra to install
+                raise
+            if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker"):  # see `run_jobs`
                 raise
             print(f"{label}: {_one_line(error)}", file=sys.stderr)
             return 2

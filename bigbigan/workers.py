@@ -31,7 +31,8 @@ def run_jobs(
     SIGINT and SIGTERM to this process, which may want to finish its step first.
 
     Raises:
-        ChildProcessError: a worker died.
+        ChildProcessError: a worker died. Where this process is busy with something else at that moment, torch raises
+            RuntimeError there ("DataLoader worker … is killed").
     """
     failure: Exception | None = None
 

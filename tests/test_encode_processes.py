@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from test_features import make_images, read
 
 from bigbigan import BigBiGAN, create_model
+from bigbigan.cli import main
 from bigbigan.evaluation import encoding
 from bigbigan.evaluation.encoding import encode_files, find_images
 from bigbigan.evaluation.features import OUTPUTS
@@ -37,6 +39,30 @@ def test_workers_change_nothing(tmp_path: Path, model: BigBiGAN, dtype: torch.dt
     assert (tmp_path / "0.npz").read_bytes() == (tmp_path / "3.npz").read_bytes()
     expected = model.encode([path for path in paths if path != paths[20]], seed=0)
     assert np.array_equal(read(tmp_path / "0.npz")[1]["z_sample"], expected.z_sample.float().numpy())
+
+
+def test_a_killed_worker_is_an_error_that_loses_nothing(
+    tmp_path: Path, model: BigBiGAN, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_images(tmp_path / "in", 40)
+    model.save(tmp_path / "model")
+    command = ["encode", f"{tmp_path}/in", "--model", f"{tmp_path}/model", "-o", f"{tmp_path}/out.npz"]
+    command += ["--batch-size", "4", "--threads", "1"]
+    inner = encoding._read
+
+    def killed(*arguments: Any) -> Any:
+        if arguments[-1].name == "0035.png":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return inner(*arguments)
+
+    monkeypatch.setattr(encoding, "PIECE_ROWS", 8)
+    with monkeypatch.context() as patched:
+        patched.setattr(encoding, "_read", killed)
+        assert main([*command, "--workers", "1"]) == 2
+    assert "DataLoader worker" in capsys.readouterr().err
+    assert main(command) == 0
+    assert "going on from" in capsys.readouterr().err
+    assert len(read(tmp_path / "out.npz")[0]) == 40
 
 
 @pytest.mark.parametrize("processes", [2, 3])
