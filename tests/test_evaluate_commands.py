@@ -208,6 +208,8 @@ def test_neighbours_as_a_picture_and_in_the_record(
     same = [gallery[i].parent == gallery[3].parent for i in order[1:5]]
     assert (first["k"], first["precision"], second["precision"]) == (1, float(same[0]), sum(same) / 4)
     assert second["num_queries"] == 1  # of the copy no label is known
+    whole = measure(tmp_path, "retrieval", data / "train" / "dark", *options)["results"][0]["neighbours"]
+    assert [entry["query"] for entry in whole] == [str(path) for path in gallery if path.parent.name == "dark"]
     kept = measure(tmp_path, "retrieval", gallery[3], *options, "--keep-query", "--feature-cache", tmp_path / "cache")
     assert kept["results"][0]["neighbours"][0]["names"][0] == str(gallery[3])
     assert len(list((tmp_path / "cache").glob("*/avepool_feat.npy"))) == 1
@@ -328,16 +330,19 @@ def test_reconstructions_of_another_method(
     wanted = np.mean([np.abs(pixels(p) / 127.5 - np.roll(pixels(p), 1, axis=1) / 127.5).mean() for p in paths])
     grid = tmp_path / "pairs.png"
     options = ("--data", data, "--epochs", 30, "--batch-size", 10, "--grid", grid)
+    digests = set[str]()
     for source in (folder, array):
         (row,) = measure(tmp_path, "reconstruction", "--reconstructions", source, *options)["results"]
         assert row["pixel_l1"] == pytest.approx(wanted, rel=1e-5)
         assert (row["label_agreement"], row["classifier_accuracy"], row["num_images"]) == (1.0, 1.0, 20)
         assert row["feature_distance_ratio"] is None and row["reconstructor"] == source.name
+        digests.add(row["reconstructions_digest"])
         shown = cells(grid, 8, 64).reshape(3, 2, 8, 64, 64, 3)[:, :, :, ::2, ::2]
         assert np.array_equal(np.roll(shown[0, 0], 1, axis=2), shown[0, 1])
     record = measure(tmp_path, "reconstruction", "--reconstructions", folder, "--model", tiny, *options)
     assert 0 < record["results"][0]["feature_distance_ratio"] < 1
     assert record["results"][0]["features"] == "avepool_feat of bigbigan-tiny"
+    assert digests == {record["results"][0]["reconstructions_digest"]}
     (folder / "dark" / "3.webp").rename(folder / "dark" / "33.webp")
     message = refused(capsys, "reconstruction", "--reconstructions", folder, *options)
     assert f"{folder} lacks 1 of 20 pictures, such as dark/3.png" in message

@@ -244,7 +244,13 @@ def knn_options(model: str) -> list[str]:
         ("no test", [], "holds no 'test' split"),
         ("empty test", [], "no pictures in it"),
         ("one class", [], "all 30 images of train have the one label 0; give images of two classes or more"),
-        ("new class", [], r"test has labels that train lacks: \[3\]; choose other splits"),
+        ("new class", [], r"test has labels that train lacks: \['z'\]; choose other splits"),
+        ("other class", [], r"test has labels that train lacks: \['aa'\]; choose other splits"),
+        (
+            "",
+            ["--test-split", "train"],
+            "train and train are the same images; name two parts of them, as --train-split 'train",
+        ),
         ("flat test", [], r"1 of 19 images of test have no label, the first is .*loose.png; give images in a folder"),
         ("", ["--compare", "pca:9999"], "pca:9999 of 90 images of 3072 pixels; give 1 to 90"),
         ("", ["--compare", "nosuch"], "nosuch"),
@@ -281,6 +287,8 @@ def test_knn_names_what_does_not_fit(
         shutil.rmtree(folder / "train" / "c")
     if change == "new class":
         shutil.copytree(folder / "test" / "a", folder / "test" / "z")
+    if change == "other class":
+        (folder / "test" / "b").rename(folder / "test" / "aa")
     if change == "flat test":
         shutil.copy(folder / "test" / "a" / "000.png", folder / "test" / "loose.png")
     arguments = [argument.replace("{d}", str(tmp_path)) for argument in arguments]
@@ -288,6 +296,17 @@ def test_knn_names_what_does_not_fit(
     captured = capsys.readouterr()
     assert captured.out == "" and len(captured.err.splitlines()) == 1
     assert re.search(message, captured.err), captured.err
+
+
+def test_classes_of_folders_go_by_their_names(tmp_path: Path, data: Path, models: dict[str, str]) -> None:
+    """Without the first in the test split, where the others are numbered from 0 again."""
+    shutil.copytree(data, tmp_path / "data")
+    shutil.rmtree(tmp_path / "data/test/a")
+    options = ("--data", tmp_path / "data", "--model", models["one"])
+    for arguments in (("knn", "--k", 1), ("linear", "--l2", 0.1, "--features", "avepool_feat")):
+        assert all(row["accuracy"] == 1.0 for row in record(tmp_path, *arguments, *options)["results"])
+    found = record(tmp_path, "retrieval", "--query-split", "test", "--k", 1, *options)
+    assert found["results"][0]["precision"] == 1.0
 
 
 @pytest.mark.parametrize(

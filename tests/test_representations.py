@@ -204,6 +204,9 @@ def test_hugging_face_models_get_their_processors_settings(transformers: SimpleN
     square = photo().crop((15, 0, 76, 61)).resize((32, 32), Image.Resampling.BICUBIC).crop((2, 2, 30, 30))
     expected = model(normalized(square, mean, std)).pooler_output.detach()
     torch.testing.assert_close(seen(huggingface_features("org/vit"), photo()), expected, rtol=1e-4, atol=1e-5)
+    model.config = SimpleNamespace(mask_ratio=0.75)  # as of masked autoencoders, random in eval mode too
+    huggingface_features("org/vit")
+    assert model.config.mask_ratio == 0
     del transformers.settings["crop_size"], transformers.settings["do_center_crop"]
     transformers.settings |= {"size": {"shortest_edge": 28}, "crop_pct": 0.875}  # ConvNeXT's way to say the same
     torch.testing.assert_close(seen(huggingface_features("org/vit"), photo()), expected, rtol=1e-4, atol=1e-5)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from bigbigan.commands.options import choose_device, names, positive
 from bigbigan.commands.records import check_classes
@@ -136,11 +137,18 @@ class Splits:
         self.train = _open_labelled(arguments.data, arguments.train_split)
         self.test = _open_labelled(arguments.data, arguments.test_split)
         check_classes(self.train.labels, arguments.data, arguments.train_split)
+        if self.train.digest == self.test.digest:
+            raise ValueError(
+                f"{arguments.data}: {arguments.train_split} and {arguments.test_split} are the same images; name two "
+                "parts of them, as --train-split 'train[:50000]' --test-split 'train[50000:]'"
+            )
+        align_classes(self.test, self.train)
         known = set(self.train.labels.tolist())
         if unseen := sorted(set(self.test.labels.tolist()) - known):
+            names = dict(enumerate(self.test.class_names))
             raise ValueError(
                 f"{arguments.data}: {arguments.test_split} has labels that {arguments.train_split} lacks: "
-                f"{unseen[:10]}; choose other splits, or leave these images out"
+                f"{[names.get(label, label) for label in unseen[:10]]}; choose other splits, or leave these images out"
             )
         self._size, self._workers = arguments.batch_size, arguments.workers or default_workers()
         # A few: baselines share the model's preprocessing, but no sum of all decoded images should fill the memory.
@@ -148,6 +156,20 @@ class Splits:
 
     def _images(self, part: str, config: PreprocessConfig, channels: int) -> SplitImages:
         return SplitImages(getattr(self, part), config, channels, self._size, self._workers)
+
+
+def align_classes(dataset: ImageDataset, other: ImageDataset) -> None:
+    """Numbers the classes of image folders, of which each split counts its own, as `other` does, others behind."""
+    if dataset.class_names == other.class_names or not isinstance(dataset.sources[0], Path):
+        return
+    import torch
+
+    names = (*other.class_names, *(name for name in dataset.class_names if name not in other.class_names))
+    labelled = dataset.labels >= 0
+    dataset.labels[labelled] = torch.tensor([names.index(name) for name in dataset.class_names])[
+        dataset.labels[labelled]
+    ]
+    dataset.class_names = names
 
 
 def _open_labelled(path: str, split: str) -> ImageDataset:
@@ -174,6 +196,7 @@ class Measured:
     representation: Representation | None = None  # of images; None for files
     derived: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = field(default_factory=dict)  # BN+CReLU: of what, how
     own_accuracy: float | None = None  # of a network with a classifier of its own
+    facts: dict[str, Any] = field(default_factory=dict)  # for each of its rows
 
     def features(self, images: Tensor, start: int) -> dict[str, Tensor]:
         """Of a batch in [-1, 1], whose first image has the number `start`, by the outputs of `train`."""
@@ -233,6 +256,7 @@ def _open(
     from bigbigan import hub
     from bigbigan.evaluation.adapters import huggingface_features, timm_features
     from bigbigan.evaluation.linear_probe import check_width
+    from bigbigan.evaluation.report import images_seen
     from bigbigan.evaluation.representations import check_components, model_features, pixels
 
     config, channels = model.config.preprocess, model.config.image_channels
@@ -249,7 +273,7 @@ def _open(
     if kind in ("untrained", "pca", "supervised"):
         make = {"untrained": _untrained, "pca": _pca, "supervised": _supervised}[kind]
         return lambda: make(rest, arguments, model, splits)
-    device = choose_device(arguments.device)
+    device, facts = choose_device(arguments.device), dict[str, Any]()
     if kind == "pixels":
         if getattr(arguments, "probe", None) == "logistic":  # else hours might be lost before it is noticed
             check_width(len(splits.train), channels * config.resolution**2)
@@ -265,7 +289,8 @@ def _open(
     else:
         other = hub.load(rest, parts=("encoder",), device=device)
         representation = model_features(other, arguments.features, name=rest, batch_size=arguments.batch_size)
-    return lambda: iter([_computed(representation, arguments, splits)])
+        facts = {"images_seen": seen} if (seen := images_seen(other)) else {}
+    return lambda: iter([replace(_computed(representation, arguments, splits), facts=facts)])
 
 
 def _files(rest: str, arguments: argparse.Namespace, splits: Splits) -> Measured:

@@ -144,7 +144,7 @@ def _linear(arguments: argparse.Namespace) -> int:
             train = {name: x if len(rows) == len(x) else select(x, rows) for name, x in one.train.items()}
             labelled = _Labelled(train, splits.train.labels[rows], rows)
             results += [
-                {"representation": one.name, "feature": feature, "labels": len(rows), **figures}
+                {"representation": one.name, "feature": feature, "labels": len(rows), **figures, **one.facts}
                 for feature, figures in probe(arguments, splits, one, labelled).items()
             ]
         results += _own_accuracy(one, labels=len(splits.train))
@@ -304,7 +304,9 @@ def _knn(arguments: argparse.Namespace) -> int:
                     device=model.device,
                     progress=not arguments.quiet,
                 )
-                results += [{"representation": one.name, "feature": feature, **asdict(n)} for n in neighbours]
+                results += [
+                    {"representation": one.name, "feature": feature, **asdict(n), **one.facts} for n in neighbours
+                ]
         results += _own_accuracy(one)
         one.train, one.test = {}, {}
     columns: dict[str, Callable[[dict[str, Any]], str]] = {

@@ -131,6 +131,8 @@ def _modelled(arguments: argparse.Namespace) -> _Reconstructor:
 
 
 def _given(arguments: argparse.Namespace, test: ImageDataset) -> _Reconstructor:
+    import hashlib
+
     import torch
 
     from bigbigan.config import PreprocessConfig
@@ -144,7 +146,8 @@ def _given(arguments: argparse.Namespace, test: ImageDataset) -> _Reconstructor:
     if len(again) != len(test):
         raise ValueError(f"{path} holds {len(again)} reconstructions of {len(test)} images; give one of each, in order")
     channels, side = again.shape[1], again.shape[2]
-    labels = {"reconstructor": path.name}
+    digest = hashlib.sha256(repr(again.shape).encode() + again.contiguous().numpy().data).hexdigest()
+    labels = {"reconstructor": path.name, "reconstructions_digest": digest}
     if model is None:
         return _Reconstructor(labels, None, again, PreprocessConfig(side), channels, side)
     if model.config.image_channels != channels:

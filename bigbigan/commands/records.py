@@ -100,9 +100,9 @@ def print_record(
     from bigbigan.files import atomic_write
 
     text = record_text({**record, "command": shlex.join(["bigbigan", *arguments.argv])})
+    if arguments.json:
+        with atomic_write(arguments.json) as temporary:
+            temporary.write_text(text, encoding="utf-8")
     print(*table_lines(header, rows), sep="\n")
     if not arguments.json:
         print(f"\n{text}", end="")
-        return
-    with atomic_write(arguments.json) as temporary:
-        temporary.write_text(text, encoding="utf-8")

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from bigbigan.evaluation.rows import Rows
     from bigbigan.model import BigBiGAN
+    from bigbigan.training.sources import ImageDataset
 
 LISTED = 100  # queries whose neighbours the record names
 
@@ -46,7 +47,7 @@ def add_retrieval(protocols: Commands) -> None:
         "Example: bigbigan evaluate retrieval cat.jpg dog.jpg --data photos/ -o neighbours.png\n"
         "         bigbigan evaluate retrieval --data data/fashion_mnist --query-split test --k 1 10\n" + ENDING,
     )
-    parser.add_argument("queries", nargs="*", metavar="QUERY", help="image files")
+    parser.add_argument("queries", nargs="*", metavar="QUERY", help="image files, or folders of them")
     parser.add_argument("--data", required=True, metavar="PATH", help="the images to choose from")
     parser.add_argument("--split", default="train", help="(default: %(default)s)")
     parser.add_argument("--query-split", metavar="SPLIT", help="all images of another split of --data as queries")
@@ -76,6 +77,7 @@ class _Images:
     name: Callable[[int], str]
     draw: Callable[[Sequence[int]], Tensor]
     facts: dict[str, Any]
+    dataset: ImageDataset | None = None  # of a split
 
 
 def _retrieval(arguments: argparse.Namespace) -> int:
@@ -97,9 +99,11 @@ def _retrieval(arguments: argparse.Namespace) -> int:
     if arguments.queries:
         queries, own = _files(arguments, model, gallery)
     elif arguments.query_split:
-        queries = _split(arguments, model, arguments.query_split)
+        queries = _split(arguments, model, arguments.query_split, beside=gallery.dataset)
         known = {gallery.name(index): index for index in range(len(gallery.rows))}
         own = torch.tensor([known.get(queries.name(index), -1) for index in range(len(queries.rows))])
+        if arguments.query_split != arguments.split and queries.facts["digest"] == gallery.facts["digest"]:
+            raise ValueError(f"{arguments.data}: {arguments.query_split} and {arguments.split} are the same images")
     else:
         queries, own = gallery, torch.arange(len(gallery.rows))
     ks, progress = sorted(set(arguments.k)), not arguments.quiet
@@ -144,8 +148,14 @@ def _retrieval(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _split(arguments: argparse.Namespace, model: BigBiGAN, split: str, neighbours: int = 0) -> _Images:
-    from bigbigan.commands.comparison import SplitImages
+def _split(
+    arguments: argparse.Namespace,
+    model: BigBiGAN,
+    split: str,
+    neighbours: int = 0,
+    beside: ImageDataset | None = None,
+) -> _Images:
+    from bigbigan.commands.comparison import SplitImages, align_classes
     from bigbigan.evaluation.cache import compute_features
     from bigbigan.evaluation.representations import model_features
     from bigbigan.training.sources import open_dataset
@@ -154,6 +164,8 @@ def _split(arguments: argparse.Namespace, model: BigBiGAN, split: str, neighbour
     dataset = open_dataset(arguments.data, split=split)
     if neighbours > len(dataset):
         raise ValueError(f"--k {neighbours}: there are {len(dataset)} images in {split}; give that many at most")
+    if beside is not None:
+        align_classes(dataset, beside)
     config, channels, name = model.config.preprocess, model.config.image_channels, arguments.feature
     rows = compute_features(
         model_features(model, [name]),
@@ -162,7 +174,9 @@ def _split(arguments: argparse.Namespace, model: BigBiGAN, split: str, neighbour
         progress=not arguments.quiet,
     )[name]
     facts = {"digest": dataset.digest, "images": len(dataset), "unreadable": len(dataset.bad), "split": split}
-    return _Images(rows, dataset.labels, dataset.name, lambda indices: dataset.decode(indices, config, channels), facts)
+    return _Images(
+        rows, dataset.labels, dataset.name, lambda indices: dataset.decode(indices, config, channels), facts, dataset
+    )
 
 
 def _stored(arguments: argparse.Namespace, model: BigBiGAN) -> _Images:
@@ -193,7 +207,10 @@ def _files(arguments: argparse.Namespace, model: BigBiGAN, gallery: _Images) -> 
 
     import torch
 
-    files = list(map(Path, arguments.queries))
+    from bigbigan.images import list_images
+
+    given = map(Path, arguments.queries)
+    files = [file for path in given for file in (list_images(path) if path.is_dir() else [path])]
     images = _read(model, files)
     rows = _encode(arguments, model, images)
     if arguments.features:

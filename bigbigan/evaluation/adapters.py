@@ -77,6 +77,9 @@ def huggingface_features(
     except (OSError, ValueError) as error:
         raise ValueError(f"hf:{name} cannot be loaded: {error}") from error
     module = getattr(module, "vision_model", module)
+    config: Any = getattr(module, "config", None)
+    if getattr(config, "mask_ratio", 0):  # masked autoencoders leave places out at random, also in eval mode
+        config.mask_ratio = 0.0
     preprocess, crop, mean, std = _processing(processor.to_dict(), f"hf:{name}")
     top = (preprocess.size - (crop or 0)) // 2  # as transformers' center_crop
 

@@ -53,9 +53,9 @@ def make_record(
     versions |= {name: sys.modules[name].__version__ for name in PACKAGES if name in sys.modules}
     facts, rows = None, [dict(row) for row in results]
     if model is not None:
-        seen = (model.info.provenance or {}).get("num_images")
-        for row in rows:
-            if seen is not None and row.get("representation", model.info.name) == model.info.name:
+        seen, own = images_seen(model), model.info.name or "model"
+        for row in rows:  # of other methods' reconstructions, the model is but the judge
+            if seen is not None and row.get("representation", row.get("reconstructor", own)) == own:
                 row["images_seen"] = seen
         digests = {f"{part}_digest": digest(getattr(model, part)) for part in model.parts}
         facts = {"name": model.info.name, "source": model.info.source, **digests}
@@ -67,6 +67,11 @@ def make_record(
         "versions": versions,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def images_seen(model: BigBiGAN) -> int | None:
+    """How many images G and E saw in training, if the model folder says so."""
+    return (model.info.provenance or {}).get("num_images")
 
 
 def record_text(record: Mapping[str, Any]) -> str:

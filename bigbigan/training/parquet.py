@@ -16,6 +16,8 @@ import torch
 from bigbigan.training.decoding import Source
 from bigbigan.training.sources import ImageDataset
 
+MAX_CLASSES = 100_000  # a classifier has a row of weights for each number up to the largest
+
 
 def open_parquet(
     files: list[Path], *, column: str, label_column: str | None, max_bad_fraction: float, max_bytes: int
@@ -52,6 +54,8 @@ def open_parquet(
             raise ValueError(f"{path} is no readable parquet file: {error}") from error
     if not labels:
         raise ValueError(f"{files[0]} holds no rows")
+    if max(labels) >= MAX_CLASSES:
+        raise ValueError(f"{files[0]} has a label {max(labels)}; number classes from 0, below {MAX_CLASSES:,}")
     rows: Sequence[Source] = sources
     if not in_memory:
         from bigbigan.training.huggingface import map_parquet
