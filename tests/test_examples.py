@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from command_line import make_classes
 from PIL import Image
+from torch import nn
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 OUTPUTS = {
@@ -39,6 +42,28 @@ def test_example(name: str, tmp_path: Path) -> None:
         if output.endswith(".png"):
             with Image.open(tmp_path / output) as picture:
                 assert picture.width > 400 and len(picture.convert("L").getcolors()) > 50
+
+
+def test_evaluation_from_python(capsys: pytest.CaptureFixture[str]) -> None:
+    """The README's lines for any module: a class is told by one pixel, and samples of noise are far from images."""
+    pytest.importorskip("torchmetrics")
+    draws = torch.Generator().manual_seed(0)
+    images = torch.zeros(2200, 1, 32, 32, dtype=torch.uint8)
+    labels = torch.randint(0, 6, (2200,), generator=draws)
+    images[torch.arange(2200), 0, 0, labels] = 255
+    given = {
+        "module": nn.Flatten(),
+        "train_images": images[:2000],
+        "train_labels": labels[:2000],
+        "test_images": images[2000:],
+        "test_labels": labels[2000:],
+        "samples": torch.randint(0, 256, (300, 1, 32, 32), dtype=torch.uint8, generator=draws),
+    }
+    blocks = re.findall(r"```python\n(.*?)```", (EXAMPLES.parent / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    (code,) = (block for block in blocks if "module_features" in block)
+    exec(code, given)
+    accuracy, distance = map(float, capsys.readouterr().out.split())
+    assert accuracy == 1.0 and distance > 100
 
 
 def test_table_1_in_miniature(tmp_path: Path) -> None:

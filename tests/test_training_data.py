@@ -107,6 +107,9 @@ def test_parquet_errors_say_what_was_looked_for(tmp_path: Path, monkeypatch):
         open_dataset(path, column="label")
     with pytest.raises(ValueError, match="labels as struct"):
         open_dataset(path, label_column="image")
+    high = write_parquet(tmp_path / "high.parquet", [png(0)], [10**9])
+    with pytest.raises(ValueError, match=r"high\.parquet has a label 1000000000; number classes from 0"):
+        open_dataset(high)
     path.write_bytes(path.read_bytes()[:-3])
     with pytest.raises(ValueError, match=r"x\.parquet is no readable parquet"):
         open_dataset(path)
