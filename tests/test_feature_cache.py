@@ -162,6 +162,40 @@ def test_a_kill_between_the_last_row_and_the_final_name(tmp_path: Path, monkeypa
     assert calls == [] and torch.equal(rows["mean"][:], compute_features(counted([]), TensorImages(images()))["mean"])
 
 
+@pytest.mark.parametrize("size", [0, 60, 200])
+def test_a_copy_of_a_folder_in_use_has_no_hole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    """The file of rows was copied before the count of them was."""
+    monkeypatch.setattr(cache, "PIECE_ROWS", 8)
+    with pytest.raises(KeyboardInterrupt):
+        compute_features(counted([], stop_at=30), TensorImages(images(), batch_size=4), cache=tmp_path)
+    (partial,) = tmp_path.glob("*/mean.npy.partial")
+    with open(partial, "r+b") as file:
+        file.truncate(size)
+    rows = compute_features(counted([]), TensorImages(images(), batch_size=4), cache=tmp_path)
+    assert torch.equal(rows["mean"][:], means(images()))
+
+
+def test_a_damaged_cache_says_what_to_delete(tmp_path: Path) -> None:
+    compute_features(counted([]), TensorImages(images()), cache=tmp_path)
+    (facts,), (rows,) = tmp_path.glob("*/mean.json"), tmp_path.glob("*/max.npy")
+    whole = rows.read_bytes()
+    rows.write_bytes(whole[:-20])
+    with pytest.raises(ValueError, match=r"max\.npy is damaged .*: delete it"):
+        compute_features(counted([]), TensorImages(images()), cache=tmp_path)
+    rows.write_bytes(whole)
+    facts.write_text("")
+    with pytest.raises(ValueError, match=r"mean\.json is damaged .*: delete the folder"):
+        compute_features(counted([]), TensorImages(images()), cache=tmp_path)
+
+
+def test_a_complete_cache_is_only_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compute_features(counted([]), TensorImages(images()), cache=tmp_path)
+    monkeypatch.setattr(cache, "_locked", None)  # nor locked: its folder may be somebody else's
+    assert torch.equal(
+        compute_features(counted([]), TensorImages(images()), cache=tmp_path)["mean"][:], means(images())
+    )
+
+
 class Unreadable(TensorImages):
     """Image 3 cannot be read: the next one stands for it."""
 

@@ -314,6 +314,11 @@ def test_plain_arrays_are_read(tmp_path: Path) -> None:
     save_file({"clip": x.astype(np.float16)}, tmp_path / "a.safetensors")
     assert np.array_equal(read_features(tmp_path / "a.npy")["features"][:], x.astype(np.float32))
     assert np.array_equal(read_features(tmp_path / "a.npz")["clip"][:], x.astype(np.float32))
+    np.savez(tmp_path / "labelled.npz", clip=x, labels=np.arange(4))
+    assert list(read_features(tmp_path / "labelled.npz")) == ["clip"]
+    wide = pyarrow.array(list(x.astype(np.float32)), pyarrow.large_list(pyarrow.float32()))  # as polars writes them
+    parquet.write_table(pyarrow.table({"clip": wide, "label": [0, 1, 0, 1]}), tmp_path / "polars.parquet")
+    assert np.array_equal(read_features(tmp_path / "polars.parquet")["clip"][:], x.astype(np.float32))
     half = read_features(tmp_path / "a.safetensors")["clip"]
     assert np.array_equal(half[torch.tensor([2])], x.astype(np.float16)[[2]].astype(np.float32))
 
@@ -333,6 +338,8 @@ def bad_files(folder: Path) -> Iterator[tuple[Path, str]]:
         yield folder / f"{name}.parquet", r"lists of column clip have \[2, .*\] values; give each row as many"
     np.savez(folder / "empty.npz", paths=np.array(["a"]))
     yield folder / "empty.npz", "empty.npz holds no features"
+    (folder / "nothing.npz").write_bytes(b"")
+    yield folder / "nothing.npz", "nothing.npz is no readable feature file"
     for name in ("torn.npz", "torn.npy", "torn.safetensors", "torn.parquet"):
         (folder / name).write_bytes(b"PK\x03\x04 no such thing")
         yield folder / name, f"{name} is no readable feature file"

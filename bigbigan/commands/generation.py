@@ -105,18 +105,19 @@ def _generation(arguments: argparse.Namespace) -> int:
     features = collect_features(samples.batches(), samples.count, network, logits=True, **options)
     row = {
         **_origin(arguments, model, samples),
-        "resolution": samples.side,
-        "num_samples": samples.count,
         **_figures(arguments, features, reference, statistics),
     }
     subsets = f"{arguments.kid_subsets} subsets of {arguments.kid_subset_size}"
     protocol = {
         "name": "generation",
+        "resolution": samples.side,
+        "channels": samples.channels,
+        "num_samples": samples.count,  # few samples are far from any reference
         "network": network.name,
         "network_digest": network.digest,
         "input": f"uint8 images; {network.reads}",
         "reference": {**statistics.images, "images": statistics.count},
-        "kernel": f"(x.y / D + 1)^3, {subsets}" if arguments.kid_subsets > 0 else None,
+        "kernel": f"(x.y / D + 1)^3, {subsets}" if with_kernel else None,
         "splits": arguments.splits,
         "seed": arguments.seed,
     }

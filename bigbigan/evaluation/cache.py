@@ -108,22 +108,24 @@ def compute_features(
         "channels": representation.channels,
     }
     folder = Path(cache) / hashlib.sha256(json.dumps(entry).encode()).hexdigest()[:32]
-    with _locked(folder):
-        stores = {output: _Store(folder, output, len(images)) for output in representation.outputs}
-        if not (folder / "entry.json").exists():
-            text = json.dumps({"name": representation.name, **entry}, indent=2)
-            with atomic_write(folder / "entry.json") as temporary:
-                temporary.write_text(text, encoding="utf-8")
-        missing = [store for store in stores.values() if not store.path.exists()]
-        if missing:
-            start = min(store.done for store in missing)
+    stores = {output: _Store(folder, output, len(images)) for output in representation.outputs}
+    if any(not store.path.exists() for store in stores.values()):
+        with _locked(folder):
+            # Once more: another process may have gone on with them, or finished them.
+            stores = {output: _Store(folder, output, len(images)) for output in representation.outputs}
+            if not (folder / "entry.json").exists():
+                text = json.dumps({"name": representation.name, **entry}, indent=2)
+                with atomic_write(folder / "entry.json") as temporary:
+                    temporary.write_text(text, encoding="utf-8")
+            missing = [store for store in stores.values() if not store.path.exists()]
+            start = min((store.done for store in missing), default=len(images))
             for rows in _computed(representation, images, start, progress):
                 for store in missing:
                     store.add(start, rows[store.output], images.bad)
-                start += len(rows[missing[0].output])
+                start += len(rows[representation.outputs[0]])
             for store in missing:
                 store.finish(images.bad)
-        images.read_again({number for store in stores.values() for number in store.replaced} - set(images.bad))
+    images.read_again({number for store in stores.values() for number in store.replaced} - set(images.bad))
     return {output: StoredRows.open(store.path) for output, store in stores.items()}
 
 
@@ -172,7 +174,13 @@ class _Store:
         self.path, self._partial, self._facts = (folder / f"{stem}{end}" for end in (".npy", ".npy.partial", ".json"))
         facts: dict[str, Any] = {"rows": 0, "replaced": []}
         if self._facts.exists() and (self.path.exists() or self._partial.exists()):
-            facts = json.loads(self._facts.read_text(encoding="utf-8"))
+            try:
+                known = json.loads(self._facts.read_text(encoding="utf-8"))
+                known = {"rows": int(known["rows"]), "replaced": list(known["replaced"])}
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"{self._facts} is damaged ({error}): delete the folder {folder}") from error
+            if self.path.exists() or _rows_in(self._partial) >= known["rows"]:  # fewer in a copy of a folder in use
+                facts = known
         self.done, self.replaced = facts["rows"], set(facts["replaced"])
         self._waiting: list[Tensor] = []
 
@@ -201,6 +209,17 @@ class _Store:
         self.done, self.replaced = self.done + len(rows), self.replaced | set(bad)
         with atomic_write(self._facts) as temporary:
             temporary.write_text(json.dumps({"rows": self.done, "replaced": sorted(self.replaced)}), encoding="utf-8")
+
+
+def _rows_in(path: Path) -> int:
+    """How many rows a started .npy file holds, whatever its header says."""
+    with open(path, "rb") as file:
+        try:
+            np.lib.format.read_magic(file)
+            shape, _, _ = np.lib.format.read_array_header_1_0(file)
+        except ValueError:  # not even a whole header
+            return 0
+        return (os.fstat(file.fileno()).st_size - file.tell()) // (4 * shape[1])
 
 
 @contextlib.contextmanager

@@ -109,8 +109,8 @@ def _write_parquet(path: Path, names: list[str], widths: dict[str, int], pieces:
 def read_features(path: str | Path, *, rows: int | None = None, prefer: Sequence[str] = ()) -> dict[str, Rows]:
     """Features [N, D] by name, from what `encode` wrote or from any file of such arrays.
 
-    .safetensors and .npy stay on the disk until they are indexed; .npz and .parquet are read whole. Arrays of text
-    are left out.
+    .safetensors and .npy stay on the disk until they are indexed; .npz and .parquet are read whole. Texts and
+    labels (one integer a row) are left out.
 
     Args:
         rows: how many there must be.
@@ -127,10 +127,12 @@ def read_features(path: str | Path, *, rows: int | None = None, prefer: Sequence
         raise ValueError(f"{path}: no such file; `bigbigan encode` writes one")
     try:
         arrays = _READERS[path.suffix.lower()](path, prefer)
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, SafetensorError) as error:
         raise ValueError(f"{path} is no readable feature file: {error}") from error
     features: dict[str, Rows] = {}
     for name, array in arrays.items():
+        if array.ndim == 1 and array.dtype.kind in "iu":
+            continue  # labels
         if array.ndim != 2 or array.dtype.kind not in "fiu" or not array.shape[1]:
             raise ValueError(
                 f"{path}: {name} is {array.dtype} {list(array.shape)}; expected numbers [N, D], or leave it out"
@@ -191,7 +193,10 @@ def _read_parquet(path: Path, prefer: Sequence[str]) -> dict[str, Any]:
         column = table[name].combine_chunks()
         if pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type):
             continue
-        if not (pyarrow.types.is_fixed_size_list(column.type) or pyarrow.types.is_list(column.type)):
+        if pyarrow.types.is_integer(column.type):
+            continue  # labels
+        kinds = pyarrow.types.is_fixed_size_list, pyarrow.types.is_list, pyarrow.types.is_large_list
+        if not any(is_kind(column.type) for is_kind in kinds):
             raise ValueError(
                 f"column {name} is {column.type}; expected lists of numbers; leave labels out, they come from --data"
             )

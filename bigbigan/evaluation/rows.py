@@ -25,8 +25,15 @@ class StoredRows:
 
     @classmethod
     def open(cls, path: Path) -> StoredRows:
-        """Of a .npy file [N, D]."""
-        return cls(np.load(path, mmap_mode="r"))
+        """Of a .npy file [N, D].
+
+        Raises:
+            ValueError: it is damaged.
+        """
+        try:
+            return cls(np.load(path, mmap_mode="r"))
+        except (ValueError, EOFError) as error:
+            raise ValueError(f"{path} is damaged ({error}): delete it, and it is computed again") from error
 
     def __len__(self) -> int:
         return len(self._array)
