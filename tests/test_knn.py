@@ -119,6 +119,16 @@ def test_most_queries_need_no_second_search(monkeypatch: pytest.MonkeyPatch) -> 
     assert searched[torch.float32] == 400 and searched.get(torch.float64, 0) < 4
 
 
+def test_wide_rows_come_in_smaller_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, queries = features(60, 0), features(23, 1)
+    expected = nearest(rows, queries, 4)
+    seen, inner = [], knn._prepared
+    monkeypatch.setattr(knn, "_prepared", lambda x, **options: seen.append(len(x)) or inner(x, **options))
+    monkeypatch.setattr(knn, "CHUNK_VALUES", 7 * rows.shape[1] + 1)
+    assert all(map(torch.equal, nearest(rows, queries, 4), expected))
+    assert max(seen) == 7
+
+
 def test_rows_on_the_disk(tmp_path: Path) -> None:
     rows, queries = features(60, 0), features(23, 1)
     for name, x in (("rows", rows), ("queries", queries)):
@@ -132,6 +142,11 @@ def test_the_smallest_of_tied_labels_wins() -> None:
     query = torch.tensor([[0.1]])
     answers = {label: knn_accuracy(rows, y, query, torch.tensor([label]), ks=(1, 2, 3)) for label in (0, 2)}
     assert [r.accuracy for r in answers[2]] == [1, 0, 0] and [r.accuracy for r in answers[0]] == [0, 1, 1]
+    large = 10**12 * y + 7  # the number of a class is no size
+    answers = {
+        label: knn_accuracy(rows, large, query, 10**12 * torch.tensor([label]) + 7, ks=(1, 2)) for label in (0, 2)
+    }
+    assert [r.accuracy for r in answers[2]] == [1, 0] and [r.accuracy for r in answers[0]] == [0, 1]
 
 
 def test_what_does_not_fit_is_refused() -> None:

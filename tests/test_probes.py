@@ -298,6 +298,20 @@ def test_knn_names_what_does_not_fit(
     assert re.search(message, captured.err), captured.err
 
 
+def test_a_row_of_zeros_costs_its_cosine_alone(
+    tmp_path: Path, data: Path, models: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, number in (("train", 90), ("test", 18)):
+        np.save(tmp_path / f"{name}.npy", np.arange(2 * number).reshape(number, 2))
+    command = ["knn", "--data", data, "--model", models["one"], "--k", 1, "--compare"]
+    found = record(tmp_path, *command, f"file:{tmp_path / 'train.npy'},{tmp_path / 'test.npy'}")["results"]
+    assert [row["metric"] for row in found] == ["l2", "cosine"] * 2  # the first rows are [0, 1]
+    np.save(tmp_path / "test.npy", np.zeros((18, 2)))
+    found = record(tmp_path, *command, f"file:{tmp_path / 'train.npy'},{tmp_path / 'test.npy'}")["results"]
+    assert [row["metric"] for row in found] == ["l2", "cosine", "l2"]
+    assert "train.npy, features: a row of zeros has no angle, so cosine is left out" in capsys.readouterr().err
+
+
 def test_classes_of_folders_go_by_their_names(tmp_path: Path, data: Path, models: dict[str, str]) -> None:
     """Without the first in the test split, where the others are numbered from 0 again."""
     shutil.copytree(data, tmp_path / "data")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
     from bigbigan.evaluation.rows import Rows
     from bigbigan.model import BigBiGAN
+
+logger = logging.getLogger(__name__)
 
 
 def add_linear(protocols: Commands) -> None:
@@ -283,7 +286,7 @@ def _augmented(
 
 
 def _knn(arguments: argparse.Namespace) -> int:
-    from bigbigan.evaluation.knn import knn_accuracy
+    from bigbigan.evaluation.knn import has_zero_row, knn_accuracy
 
     model = open_model(arguments, ("encoder",))
     splits = Splits(arguments)
@@ -294,6 +297,9 @@ def _knn(arguments: argparse.Namespace) -> int:
         found.append(one)
         for feature, train in one.train.items():
             for metric in arguments.metric:
+                if metric == "cosine" and (has_zero_row(train) or has_zero_row(one.test[feature])):
+                    logger.warning("%s, %s: a row of zeros has no angle, so cosine is left out", one.name, feature)
+                    continue
                 neighbours = knn_accuracy(
                     train,
                     splits.train.labels,

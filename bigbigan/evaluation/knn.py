@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from bigbigan.evaluation.rows import Rows, column_mean
+from bigbigan.evaluation.rows import Rows, chunks, column_mean
 
 METRICS = ("l2", "cosine")
 CHUNK = 4096  # rows of either side at a time
 SPARE = 16  # candidates beyond k
 PIECE = 1 << 20  # float64 values of candidates at a time
+CHUNK_VALUES = 1 << 25  # of either side at a time, whatever the width: 256 MiB in float64
 
 
 @dataclass(frozen=True)
@@ -55,15 +56,16 @@ def knn_accuracy(
         if tuple(y.shape) != tuple(x.shape[:1]) or y.is_floating_point() or not len(y) or int(y.min()) < 0:
             raise ValueError(f"{name} features are {list(x.shape)}, labels {y.dtype} {list(y.shape)}; one label a row")
     neighbours = nearest(train_x, test_x, max(ks), metric=metric, device=device, progress=progress)[1]
-    labels, wanted = train_y.cpu().long()[neighbours], test_y.cpu()  # [M, k], nearest first
-    votes = torch.zeros(len(labels), int(labels.max()) + 1)
+    classes, numbers = train_y.cpu().unique(return_inverse=True)  # votes of labels that do not occur take no memory
+    labels, wanted = numbers[neighbours], test_y.cpu()  # [M, k], nearest first
+    votes = torch.zeros(len(labels), len(classes))
     results = []
     for k in range(1, max(ks) + 1):
         votes.scatter_add_(1, labels[:, k - 1 : k], torch.ones(len(labels), 1))
         if k in ks:
             # `argmax` promises no order among equals; the smallest label gets the largest bonus below one vote.
             bonus = torch.linspace(0.5, 0.0, votes.shape[1])
-            right = (votes + bonus).argmax(1) == wanted
+            right = classes[(votes + bonus).argmax(1)] == wanted
             results.append(KNNResult(metric, k, right.double().mean().item(), train_x.shape[1]))
     return results
 
@@ -93,11 +95,12 @@ def nearest(
         center = column_mean(rows).bfloat16().double().to(device)
     prepare = partial(_prepared, center=center, metric=metric, device=device)
     width, found = min(k + SPARE, len(rows)), []
-    starts = range(0, len(queries), CHUNK)
+    step = _chunk(rows.shape[1])
+    starts = range(0, len(queries), step)
     for start in tqdm(starts, "neighbours", unit="chunk", disable=None if progress else True):
-        a, size = prepare(queries[start : start + CHUNK])
+        a, size = prepare(queries[start : start + step])
         bound, index = _candidates(a, size, rows, prepare, width, torch.float32)
-        query = queries[start : start + CHUNK].to(device)
+        query = queries[start : start + step].to(device)
         distance, index = _ranked(query, rows, index, metric)
         unproven = (
             ~(distance[:, k - 1].square() < bound) if width < len(rows) else torch.zeros_like(bound, dtype=torch.bool)
@@ -131,8 +134,9 @@ def _candidates(
     # Beyond that range, and where torch may multiply in less than float32, the bound would not hold: nothing is proven.
     sound = _multiplies_exactly() and bool((size < 1e30).all())
     best: tuple[Tensor, Tensor] | None = None
-    for start in range(0, len(rows), CHUNK):
-        b, squares = prepare(rows[start : start + CHUNK])
+    step = _chunk(a.shape[1])
+    for start in range(0, len(rows), step):
+        b, squares = prepare(rows[start : start + step])
         sound = sound and bool((squares < 1e30).all())
         bound = (shrink * (size[:, None] + squares) - underflow).to(dtype).addmm_(narrow, b.to(dtype).T, alpha=-2)
         index = torch.arange(start, start + len(b), device=a.device).expand(len(a), -1)
@@ -146,6 +150,15 @@ def _candidates(
     assert best is not None
     last = best[0][:, -1].double()
     return last if sound else torch.full_like(last, -torch.inf), best[1]
+
+
+def _chunk(width: int) -> int:
+    return max(1, min(CHUNK, CHUNK_VALUES // width))
+
+
+def has_zero_row(rows: Rows) -> bool:
+    """Whether one of the rows [N, D] is all zeros, and so without an angle."""
+    return any(bool((chunk == 0).all(1).any()) for chunk in chunks(rows))
 
 
 def _multiplies_exactly() -> bool:
@@ -162,13 +175,14 @@ def _ranked(queries: Tensor, rows: Rows, index: Tensor, metric: str) -> tuple[Te
     """
     index = index.sort(1).values
     piece = max(1, PIECE // (index.shape[1] * queries.shape[1]))
-    distances = []
-    for some, wanted in zip(queries.double().split(piece), index.split(piece), strict=True):
+    distances = torch.empty(index.shape, dtype=torch.float64, device=index.device)  # no list: it would fragment memory
+    for some, wanted, out in zip(queries.split(piece), index.split(piece), distances.split(piece), strict=True):
+        some = some.double()
         near = rows[wanted.flatten().cpu()].to(queries.device).double().view(*wanted.shape, -1)
         if metric == "cosine":
             near, some = near / near.norm(dim=2, keepdim=True), some / some.norm(dim=1, keepdim=True)
-        distances.append(torch.linalg.vector_norm(near.sub_(some[:, None]), dim=2))
-    distance, order = torch.cat(distances).sort(dim=1, stable=True)
+        torch.linalg.vector_norm(near.sub_(some[:, None]), dim=2, out=out)
+    distance, order = distances.sort(dim=1, stable=True)
     return distance, index.gather(1, order)
 
 
