@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,7 @@ def test_samples_score_the_same_wherever_they_are(tmp_path: Path, data: Path) ->
     (row,) = drawn["results"]
     frechet, kernel, score = (f"{name} (rows)" for name in ("Fréchet distance", "Kernel distance", "Classifier score"))
     assert row[frechet] > 0.1 and row[kernel] > 0 and row[score] >= 1 and row[f"{kernel}, std"] > 0
-    assert (row["samples"], row["truncation"], row["num_samples"]) == ("model", "none", 20)
+    assert (row["samples"], row["truncation"]) == ("model", "none")
     assert drawn["protocol"]["reference"]["split"] == "train" and drawn["protocol"]["reference"]["pad"] == 2
     assert drawn["data"]["reference"]["images"] == 60
     assert drawn["command"].startswith("bigbigan evaluate generation --model")
@@ -105,6 +106,44 @@ def test_samples_score_the_same_wherever_they_are(tmp_path: Path, data: Path) ->
             assert found["protocol"] == drawn["protocol"]  # so that a report puts them in one table
             assert found["model"] is None and found["results"][0]["samples"] == source
             assert (kernel in found["results"][0]) == ("--data" in reference)
+
+
+def test_folders_of_samples_are_taken_whole_and_of_one_kind(
+    tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With a class called "train"; and a grey picture before ones in colour would make all of them grey."""
+    for number, name in enumerate(("train/0.png", "train/1.png", "truck/0.png", "truck/1.png")):
+        (tmp_path / "made" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (32, 32), (60 * number, 0, 99)).save(tmp_path / "made" / name)
+    network = ("--network", f"{data / 'network.py'}:network", "--kid-subsets", 0, "--splits", 1)
+    arguments = ("generation", "--samples", tmp_path / "made", "--data", data, "--split", "test", *network)
+    protocol = measure(tmp_path, *arguments)["protocol"]
+    assert (protocol["num_samples"], protocol["channels"], protocol["kernel"]) == (4, 3, None)
+    Image.new("L", (32, 32)).save(tmp_path / "made" / "train/0.png")
+    assert main(["evaluate", *map(str, arguments)]) == 2
+    message = capsys.readouterr().err
+    assert "train/1.png is in colour, and the first image" in message and "store all in colour" in message
+
+
+def test_a_network_of_ones_own_finds_its_modules_and_its_errors_are_told(
+    tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine.py").write_text(NETWORK)
+    (tmp_path / "entry.py").write_text("from mine import network\ndef broken(): raise RuntimeError('no weights')\n")
+    arguments = ("generation", "--samples", data / "train", "--data", data, "--kid-subsets", 0, "--splits", 1)
+    path = list(sys.path)
+    found = measure(tmp_path, *arguments, "--network", f"{tmp_path / 'entry.py'}:network")
+    assert found["protocol"]["network"] == "rows" and sys.path == path
+    message = refused(capsys, *arguments, "--network", f"{tmp_path / 'entry.py'}:broken")
+    assert "broken() of" in message and "entry.py failed: RuntimeError: no weights" in message
+
+
+def test_what_scores_need_is_told_before_anything_is_drawn(
+    data: Path, tiny: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torchmetrics.image", None)
+    monkeypatch.setattr("bigbigan.commands.generation._samples", None)
+    assert "generation scores need torchmetrics" in refused(capsys, "generation", "--model", tiny, "--data", data)
 
 
 def test_the_reference_is_at_no_distance_from_itself(tmp_path: Path, data: Path, tiny: str) -> None:

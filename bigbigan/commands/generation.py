@@ -75,8 +75,14 @@ def add_generation(protocols: Commands) -> None:
 
 
 def _generation(arguments: argparse.Namespace) -> int:
-    from bigbigan.evaluation.generation import FeatureStatistics, check_statistics_path, collect_features
+    from bigbigan.evaluation.generation import (
+        FeatureStatistics,
+        check_libraries,
+        check_statistics_path,
+        collect_features,
+    )
 
+    check_libraries()
     if bool(arguments.data) == bool(arguments.statistics):
         raise ValueError("give the reference as --data or as --statistics, one of them")
     if arguments.statistics and arguments.save_statistics:
@@ -117,7 +123,7 @@ def _generation(arguments: argparse.Namespace) -> int:
         "network_digest": network.digest,
         "input": f"uint8 images; {network.reads}",
         "reference": {**statistics.images, "images": statistics.count},
-        "kernel": f"(x.y / D + 1)^3, {subsets}" if with_kernel else None,
+        "kernel": f"(x.y / D + 1)^3, {subsets}" if arguments.kid_subsets > 0 else None,
         "splits": arguments.splits,
         "seed": arguments.seed,
     }
@@ -181,14 +187,26 @@ def _network(arguments: argparse.Namespace) -> FeatureNetwork:
     script, _, function = name.partition(".py:")
     if not function:
         raise ValueError(f"--network is {name!r}; give inception, model:NAME or FILE.py:FUNCTION")
-    import runpy
-
     if not Path(script + ".py").is_file():
         raise ValueError(f"--network: there is no file {script}.py")
-    made = runpy.run_path(script + ".py").get(function, lambda: None)()
+    made = _call(script + ".py", function)
     if not isinstance(made, FeatureNetwork):
         raise ValueError(f"--network: {function}() of {script}.py gives {type(made).__name__}, not a FeatureNetwork")
     return made
+
+
+def _call(script: str, function: str) -> Any:
+    """What a function of a script gives, with its folder first where modules are looked for, as `python` has it."""
+    import runpy
+    import sys
+
+    sys.path.insert(0, str(Path(script).absolute().parent))
+    try:
+        return runpy.run_path(script).get(function, lambda: None)()
+    except Exception as error:  # a stranger's code
+        raise ValueError(f"--network: {function}() of {script} failed: {type(error).__name__}: {error}") from error
+    finally:
+        del sys.path[0]
 
 
 def _reference(

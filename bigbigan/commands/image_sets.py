@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 BATCH = 64
 ARRAYS = (".npz", ".npy")
+GREY = ("1", "L", "LA", "La", "I;16", "I;16L", "I;16B", "I;16N")  # Pillow's modes
+MIXED = "{} is in colour, and the first image, {}, in grey; store all in colour, or all in grey"
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ def given_images(path: str, number: int | None = None, seed: int = 0) -> ImageSe
     """
     import torch
 
-    read = _array(Path(path)) if Path(path).suffix in ARRAYS else _files(path)
+    read = _array(Path(path)) if Path(path).suffix.lower() in ARRAYS else _files(path)
     if number is not None and number > read.count:
         raise ValueError(f"{path} holds {read.count} images, and {number} are asked for; lower --number")
     count = read.count if number is None else number
@@ -129,7 +131,7 @@ def _array(path: Path) -> _Stored:
             digest.update(chunk)
     try:
         content = np.load(path, mmap_mode="r", allow_pickle=False)
-        if path.suffix == ".npz":
+        if path.suffix.lower() == ".npz":
             names = [name for name in ("arr_0", "images", "samples") if name in content.files]
             if len(content.files) != 1 and not names:
                 raise ValueError(f"it holds {', '.join(content.files)}; call the images arr_0")
@@ -152,10 +154,14 @@ def _files(path: str) -> _Stored:
     from PIL import Image
 
     from bigbigan.config import PreprocessConfig
-    from bigbigan.images import FORMATS, read_image
-    from bigbigan.training.sources import open_dataset
+    from bigbigan.images import FORMATS, list_images, read_image
+    from bigbigan.training.sources import open_dataset, open_folder
 
-    dataset = open_dataset(path, label_column=None, max_bad_fraction=0)
+    folder = Path(path)
+    if folder.is_dir() and not any(folder.glob("*.parquet")):  # whole: "train" is a class like any other here
+        dataset = open_folder(folder, list_images(folder), 0)
+    else:
+        dataset = open_dataset(path, label_column=None, max_bad_fraction=0)
 
     def picture(index: int) -> Image.Image:
         source = dataset.sources[index]
@@ -175,6 +181,8 @@ def _files(path: str) -> _Stored:
                         f"{dataset.name(index)}: {header.width} x {header.height} pixels, and the first has "
                         f"{first.width} x {first.height}; samples are squares of one size"
                     )
+                if channels == 1 and header.mode not in GREY:
+                    raise ValueError(MIXED.format(dataset.name(index), dataset.name(0)))
         return images.permute(0, 2, 3, 1).numpy()
 
     return _Stored(len(dataset), channels, side, dataset.digest, at)
@@ -222,5 +230,7 @@ def named_images(folder: Path, names: list[str]) -> Tensor:
         if picture.size != (first.width, first.width):
             size = f"{picture.width} x {picture.height}"
             raise ValueError(f"{found[name]}: {size} pixels; squares of one size, here {first.width}, are needed")
+        if first.mode == "L" != picture.mode:
+            raise ValueError(MIXED.format(found[name], found[names[0]]))
         row[:] = np.asarray(picture.convert(first.mode)).reshape(row.shape)
     return torch.from_numpy(images).permute(0, 3, 1, 2)

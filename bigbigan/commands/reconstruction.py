@@ -139,7 +139,7 @@ def _given(arguments: argparse.Namespace, test: ImageDataset) -> _Reconstructor:
 
     path = Path(arguments.reconstructions)
     model = open_model(arguments, ("encoder",)) if arguments.model else None
-    if path.suffix in ARRAYS:
+    if path.suffix.lower() in ARRAYS:
         again = torch.cat(list(given_images(str(path)).batches()))
     else:
         again = named_images(path, row_names(arguments.data, arguments.test_split, test))

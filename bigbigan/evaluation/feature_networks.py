@@ -12,6 +12,8 @@ from torch import Tensor
 from bigbigan.evaluation.features import digest, weights_digest
 from bigbigan.model import BigBiGAN
 
+# What torchvision raises when it is imported beside a torch of another build or release.
+MISMATCH = "torchvision does not fit the installed torch ({}): install both in one step, from the same index"
 INCEPTION = "inception-v3-compat"  # torch-fidelity's name for the network that FID, KID and IS are defined by
 
 
@@ -61,6 +63,8 @@ def inception_network(device: str = "cpu") -> FeatureNetwork:
             f"FID's Inception network comes with torch-fidelity and torchvision ({error}): "
             "pip install torch-fidelity, or choose another network with --network"
         ) from error
+    except RuntimeError as error:
+        raise ImportError(MISMATCH.format(error)) from error
     try:
         network = FeatureExtractorInceptionV3(INCEPTION, ["2048", "logits_unbiased"]).to(device).eval()
     except OSError as error:

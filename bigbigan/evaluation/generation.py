@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from bigbigan.evaluation.feature_networks import INCEPTION, FeatureNetwork
+from bigbigan.evaluation.feature_networks import INCEPTION, MISMATCH, FeatureNetwork
 from bigbigan.files import atomic_write
 
 logger = logging.getLogger(__name__)
@@ -275,13 +275,25 @@ class _Given(nn.Identity):
 
 
 def _metric(module: str, name: str, width: int, **options: Any) -> Any:
-    try:
-        from torchmetrics.image import fid, inception, kid
-    except ImportError as error:  # with torch-fidelity but without torchvision, too
-        raise ImportError(f"generation scores need torchmetrics ({error}): pip install 'bigbigan[eval]'") from error
+    check_libraries()
+    from torchmetrics.image import fid, inception, kid
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that it keeps features, which is what it is given
         return getattr({"fid": fid, "kid": kid, "inception": inception}[module], name)(_Given(width), **options)
+
+
+def check_libraries() -> None:
+    """
+    Raises:
+        ImportError: what scores generated images is missing, or does not fit torch.
+    """
+    try:
+        from torchmetrics.image import fid, inception, kid  # noqa: F401
+    except ImportError as error:  # with torch-fidelity but without torchvision, too
+        raise ImportError(f"generation scores need torchmetrics ({error}): pip install 'bigbigan[eval]'") from error
+    except RuntimeError as error:
+        raise ImportError(MISMATCH.format(error)) from error
 
 
 @contextmanager

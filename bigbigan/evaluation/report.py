@@ -26,7 +26,8 @@ PERCENT = {
 }
 STD = ", std"  # ends the name of a figure's deviation
 SWEPT = ("k", "labels_per_class", "labels", "fraction", "images_seen")  # what varies from row to row, along an axis
-PACKAGES = ("numpy", "sklearn", "torchmetrics")  # versions of those in use, beside torch's and Python's
+# Versions of those in use, beside torch's and Python's.
+PACKAGES = ("numpy", "PIL", "sklearn", "torchmetrics", "torch_fidelity", "timm", "transformers", "pyarrow")
 
 
 def make_record(

@@ -292,7 +292,7 @@ def open_training_data(
         raise ValueError(f"no {split}.parquet, no {split}-*.parquet, and no images: {error}") from error
     if "column" in given or given.get("label"):
         raise ValueError(f"{path} holds image files, which have no columns: of column and label, only label= fits")
-    dataset = _open_folder(path, files, options["max_bad_fraction"])
+    dataset = open_folder(path, files, options["max_bad_fraction"])
     if "label" in given:
         dataset.labels.fill_(-1)
     return dataset
@@ -344,7 +344,8 @@ def _file_name(files: _Files, index: int) -> str:
     return str(files[index])
 
 
-def _open_folder(folder: Path, files: list[Path], max_bad_fraction: float) -> ImageDataset:
+def open_folder(folder: Path, files: list[Path], max_bad_fraction: float) -> ImageDataset:
+    """These image files in a folder, the first subfolder of each its class."""
     relative = [os.path.relpath(file, folder).replace(os.sep, "/") for file in files]
     classes = [name.split("/")[0] if "/" in name else None for name in relative]
     names = sorted({name for name in classes if name is not None})
