@@ -16,8 +16,10 @@ from torch import Tensor
 from bigbigan.evaluation import (
     Classifier,
     classifier_accuracy,
+    knn_accuracy,
     linear_probe,
     logistic_path,
+    paper_probe,
     reconstruction_report,
     train_classifier,
 )
@@ -134,6 +136,17 @@ def test_probe_ignores_columns_that_are_constant_in_training() -> None:
     other = x.clone()
     other[:, 1] = torch.tensor([1e6, -1e6]).repeat(30)
     assert linear_probe(x, y, other, y, holdout=20).accuracy == 1.0
+    x[:, 1] = 1e-40 * draw(5, 60).float()  # too little for float32 to scale up
+    assert linear_probe(x, y, other, y, holdout=20).accuracy == 1.0
+
+
+def test_numpy_arrays_are_features_too() -> None:
+    x, y = separable()
+    arrays = x.numpy(), y.numpy(), x.numpy(), y.numpy()
+    assert linear_probe(*arrays, holdout=20).accuracy == 1.0
+    assert knn_accuracy(*arrays, ks=(1,))[0].accuracy == 1.0
+    found = paper_probe({"a": arrays[0]}, arrays[1], {"a": arrays[2]}, arrays[3], holdout=20, steps=50, lrs=[0.1, 1.0])
+    assert found["a"].accuracy == 1.0
 
 
 def test_equal_scores_take_the_strongest_l2_and_the_edge_is_reported(caplog: pytest.LogCaptureFixture) -> None:

@@ -112,6 +112,7 @@ def test_augmented_batches_take_the_place_of_training_rows() -> None:
         ({"train_y": torch.zeros(50, dtype=torch.long)}, "the one label 0"),
         ({"train_y": torch.arange(49)}, "one label a row"),
         ({"test_x": {"b": draw(0, 50, 12)}}, r"training has features \['a'\], test \['b'\]"),
+        ({"train_x": {"a": draw(0, 50)}}, r"a is \[50\] in training, \[50, 12\] in test; expected \[N, D\]"),
         ({"test_x": {"a": draw(0, 50, 11)}}, "a: 12 features in training, 11 in test"),
         ({"train_x": {"a": draw(0, 50, 12) / 0}}, "NaN or infinity"),
         ({"test_x": {"a": draw(0, 50, 12) / 0}}, "NaN or infinity between rows 0 and 50"),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from bigbigan.evaluation.rows import Rows, chunks, column_mean
+from bigbigan.evaluation.rows import Rows, as_rows, chunks, column_mean
 
 METRICS = ("l2", "cosine")
 CHUNK = 4096  # rows of either side at a time
@@ -50,6 +50,8 @@ def knn_accuracy(
     Raises:
         ValueError: shapes, labels, values, k or metric do not fit.
     """
+    train_x, test_x = as_rows(train_x), as_rows(test_x)
+    train_y, test_y = torch.as_tensor(train_y), torch.as_tensor(test_y)
     if not ks or min(ks) < 1 or max(ks) > len(train_x):
         raise ValueError(f"k is {list(ks)}; give one or more from 1 to the {len(train_x)} training rows")
     for name, x, y in (("training", train_x, train_y), ("test", test_x, test_y)):

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from bigbigan.evaluation.rows import Rows, column_mean
+from bigbigan.evaluation.rows import Rows, as_rows, column_mean
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +61,8 @@ def linear_probe(
     Raises:
         ValueError: for shapes, dtypes, labels, non-finite features, L2 strengths or a `holdout` that do not fit.
     """
+    train_x, test_x = as_rows(train_x), as_rows(test_x)
+    train_y, test_y = torch.as_tensor(train_y), torch.as_tensor(test_y)
     if len(train_x.shape) == 2:
         check_width(*train_x.shape)
     train_x, test_x = _features(train_x, "train_x"), _features(test_x, "test_x")
@@ -205,8 +207,8 @@ def _standardize(fit: Tensor, other: Tensor, *, scale: bool) -> tuple[Tensor, Te
     # Compared exactly: rounding leaves the deviation of a constant column small but not zero.
     factor = (fit.amax(0) > fit.amin(0)).to(fit.dtype)
     if scale:
-        deviation = column_mean(centred, torch.square).sqrt().to(fit.device)
-        factor = torch.where(factor > 0, 1 / deviation, 0).to(fit.dtype)
+        inverse = (1 / column_mean(centred, torch.square).sqrt()).to(fit)  # infinite where it is too small for float32
+        factor = torch.where((factor > 0) & inverse.isfinite(), inverse, 0)
     return centred.mul_(factor), other.mul_(factor)
 
 

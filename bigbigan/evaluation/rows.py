@@ -69,6 +69,11 @@ class _Selected:
 Rows = Tensor | StoredRows
 
 
+def as_rows(x: Any) -> Rows:
+    """Stored rows and tensors as they are, NumPy arrays and lists as tensors."""
+    return x if isinstance(x, StoredRows) else torch.as_tensor(x)
+
+
 def select(rows: Rows, index: Tensor) -> Rows:
     """The rows of these numbers; stored rows stay stored."""
     return rows.select(index) if isinstance(rows, StoredRows) else rows[index]

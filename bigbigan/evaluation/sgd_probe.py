@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bigbigan.evaluation.linear_probe import check_holdout, class_indices
-from bigbigan.evaluation.rows import Rows, chunks, select
+from bigbigan.evaluation.rows import Rows, as_rows, chunks, select
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +76,12 @@ def paper_probe(
     """
     if list(train_x) != list(test_x) or not train_x:
         raise ValueError(f"training has features {list(train_x)}, test {list(test_x)}; give the same, at least one")
+    train_x, test_x = ({name: as_rows(x) for name, x in part.items()} for part in (train_x, test_x))
+    train_y, test_y = torch.as_tensor(train_y), torch.as_tensor(test_y)
     for name in train_x:
+        if len(train_x[name].shape) != 2 or len(test_x[name].shape) != 2:
+            shapes = f"{list(train_x[name].shape)} in training, {list(test_x[name].shape)} in test"
+            raise ValueError(f"{name} is {shapes}; expected [N, D] and [M, D]")
         if train_x[name].shape[1] != test_x[name].shape[1]:
             raise ValueError(f"{name}: {train_x[name].shape[1]} features in training, {test_x[name].shape[1]} in test")
     if not lrs or min(lrs) <= 0 or min(steps, batch_size) < 1 or not 0 <= ema < 1:
