@@ -70,8 +70,8 @@ Rows = Tensor | StoredRows
 
 
 def as_rows(x: Any) -> Rows:
-    """Stored rows and tensors as they are, NumPy arrays and lists as tensors."""
-    return x if isinstance(x, StoredRows) else torch.as_tensor(x)
+    """NumPy arrays as tensors, all else as it is."""
+    return torch.from_numpy(x) if isinstance(x, np.ndarray) else x
 
 
 def select(rows: Rows, index: Tensor) -> Rows:
