@@ -196,6 +196,29 @@ def test_a_complete_cache_is_only_read(tmp_path: Path, monkeypatch: pytest.Monke
     )
 
 
+def test_what_another_process_finishes_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While this one waits for the lock: until then it looks into no file that is about to be renamed."""
+    monkeypatch.setattr(cache, "PIECE_ROWS", 8)
+    with pytest.raises(KeyboardInterrupt):
+        compute_features(counted([], stop_at=20), TensorImages(images(), batch_size=4), cache=tmp_path)
+    inner, calls = cache._locked, list[int]()
+
+    def waits(folder: Path) -> object:
+        monkeypatch.setattr(cache, "_locked", inner)
+        monkeypatch.setattr(cache, "_rows_in", looks)
+        compute_features(counted([]), TensorImages(images()), cache=tmp_path)
+        return inner(folder)
+
+    def too_early(path: Path) -> int:
+        raise AssertionError(f"{path} is read without the lock")
+
+    looks = cache._rows_in
+    monkeypatch.setattr(cache, "_locked", waits)
+    monkeypatch.setattr(cache, "_rows_in", too_early)
+    rows = compute_features(counted(calls), TensorImages(images()), cache=tmp_path)
+    assert calls == [] and torch.equal(rows["mean"][:], means(images()))
+
+
 class Unreadable(TensorImages):
     """Image 3 cannot be read: the next one stands for it."""
 

@@ -33,6 +33,7 @@ from bigbigan.evaluation import (
     read_features,
     timm_features,
 )
+from bigbigan.evaluation import rows as evaluation_rows
 from bigbigan.evaluation.encoding import encode_files, find_images
 from bigbigan.evaluation.representations import logit
 from bigbigan.images import preprocess
@@ -307,6 +308,12 @@ def test_files_that_encode_writes_are_read(tmp_path: Path, suffix: str) -> None:
     assert read_features(tmp_path / f"out{suffix}", prefer=["absent"]).keys() == found.keys()
 
 
+def test_chunks_of_wide_rows_are_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluation_rows, "CHUNK_VALUES", 20)
+    for width, lengths in ((1, [7]), (8, [2, 2, 2, 1]), (50, [1] * 7)):
+        assert [len(chunk) for chunk in evaluation_rows.chunks(torch.zeros(7, width))] == lengths
+
+
 def test_plain_arrays_are_read(tmp_path: Path) -> None:
     x = np.random.default_rng(0).normal(size=(4, 3))
     np.save(tmp_path / "a.npy", x)
@@ -321,6 +328,15 @@ def test_plain_arrays_are_read(tmp_path: Path) -> None:
     assert np.array_equal(read_features(tmp_path / "polars.parquet")["clip"][:], x.astype(np.float32))
     half = read_features(tmp_path / "a.safetensors")["clip"]
     assert np.array_equal(half[torch.tensor([2])], x.astype(np.float16)[[2]].astype(np.float32))
+
+
+def test_labels_beside_features_are_left_out(tmp_path: Path) -> None:
+    x, labels = np.ones((4, 3), np.float32), np.arange(4)
+    np.savez(tmp_path / "a.npz", clip=x, label=labels)
+    save_file({"clip": x, "label": labels}, tmp_path / "a.safetensors")
+    parquet.write_table(pyarrow.table({"clip": x.tolist(), "label": labels}), tmp_path / "a.parquet")
+    for suffix in (".npz", ".safetensors", ".parquet"):
+        assert list(read_features(tmp_path / f"a{suffix}", rows=4)) == ["clip"]
 
 
 def bad_files(folder: Path) -> Iterator[tuple[Path, str]]:

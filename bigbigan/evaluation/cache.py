@@ -108,10 +108,10 @@ def compute_features(
         "channels": representation.channels,
     }
     folder = Path(cache) / hashlib.sha256(json.dumps(entry).encode()).hexdigest()[:32]
-    stores = {output: _Store(folder, output, len(images)) for output in representation.outputs}
-    if any(not store.path.exists() for store in stores.values()):
+    if all(_path(folder, output).exists() for output in representation.outputs):
+        stores = {output: _Store(folder, output, len(images)) for output in representation.outputs}
+    else:  # what is not complete is looked at under the lock alone: another process may be renaming it
         with _locked(folder):
-            # Once more: another process may have gone on with them, or finished them.
             stores = {output: _Store(folder, output, len(images)) for output in representation.outputs}
             if not (folder / "entry.json").exists():
                 text = json.dumps({"name": representation.name, **entry}, indent=2)
@@ -168,10 +168,8 @@ class _Store:
 
     def __init__(self, folder: Path, output: str, number: int) -> None:
         self.output, self.number = output, number
-        stem = re.sub(r"\W", "_", output)
-        if stem != output:  # two names may become one
-            stem += "-" + hashlib.sha256(output.encode()).hexdigest()[:8]
-        self.path, self._partial, self._facts = (folder / f"{stem}{end}" for end in (".npy", ".npy.partial", ".json"))
+        self.path = _path(folder, output)
+        self._partial, self._facts = (self.path.with_suffix(end) for end in (".npy.partial", ".json"))
         facts: dict[str, Any] = {"rows": 0, "replaced": []}
         if self._facts.exists() and (self.path.exists() or self._partial.exists()):
             try:
@@ -209,6 +207,13 @@ class _Store:
         self.done, self.replaced = self.done + len(rows), self.replaced | set(bad)
         with atomic_write(self._facts) as temporary:
             temporary.write_text(json.dumps({"rows": self.done, "replaced": sorted(self.replaced)}), encoding="utf-8")
+
+
+def _path(folder: Path, output: str) -> Path:
+    stem = re.sub(r"\W", "_", output)
+    if stem != output:  # two names may become one
+        stem += "-" + hashlib.sha256(output.encode()).hexdigest()[:8]
+    return folder / f"{stem}.npy"
 
 
 def _rows_in(path: Path) -> int:

@@ -172,6 +172,8 @@ def _read_safetensors(path: Path, prefer: Sequence[str]) -> dict[str, Any]:
     found = {}
     for name in names:
         kind, shape, offset = header[name]["dtype"], header[name]["shape"], header[name]["data_offsets"][0]
+        if kind[0] in "IU" and len(shape) == 1:
+            continue  # labels
         if kind not in types:
             raise ValueError(f"{name} is {kind}; expected one of {', '.join(types)}")
         found[name] = np.memmap(path, types[kind], "r", start + offset, tuple(shape))

@@ -13,6 +13,7 @@ from torch import Tensor
 from bigbigan.encoder import crelu
 
 CHUNK = 4096  # rows in memory at a time
+CHUNK_VALUES = 1 << 26  # at a time, whatever the width
 
 
 class StoredRows:
@@ -80,7 +81,8 @@ def select(rows: Rows, index: Tensor) -> Rows:
 
 
 def chunks(rows: Rows) -> Iterator[Tensor]:
-    return (rows[start : start + CHUNK] for start in range(0, len(rows) or 1, CHUNK))
+    step = max(1, min(CHUNK, CHUNK_VALUES // max(1, rows.shape[1])))
+    return (rows[start : start + step] for start in range(0, len(rows) or 1, step))
 
 
 def column_mean(rows: Rows, function: Callable[[Tensor], Tensor] = lambda chunk: chunk) -> Tensor:
