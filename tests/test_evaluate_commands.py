@@ -130,12 +130,15 @@ def test_a_network_of_ones_own_finds_its_modules_and_its_errors_are_told(
 ) -> None:
     (tmp_path / "mine.py").write_text(NETWORK)
     (tmp_path / "entry.py").write_text("from mine import network\ndef broken(): raise RuntimeError('no weights')\n")
+    (tmp_path / "leaves.py").write_text("import sys\nsys.path.insert(0, 'mine')\ndef leave(): sys.exit('no GPU')\n")
     arguments = ("generation", "--samples", data / "train", "--data", data, "--kid-subsets", 0, "--splits", 1)
     path = list(sys.path)
     found = measure(tmp_path, *arguments, "--network", f"{tmp_path / 'entry.py'}:network")
     assert found["protocol"]["network"] == "rows" and sys.path == path
     message = refused(capsys, *arguments, "--network", f"{tmp_path / 'entry.py'}:broken")
     assert "broken() of" in message and "entry.py failed: RuntimeError: no weights" in message
+    message = refused(capsys, *arguments, "--network", f"{tmp_path / 'leaves.py'}:leave")
+    assert "leaves.py failed: SystemExit: no GPU" in message and sys.path == path
 
 
 def test_what_scores_need_is_told_before_anything_is_drawn(

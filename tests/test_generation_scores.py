@@ -14,9 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from bigbigan import create_model
+from bigbigan.commands.image_sets import given_images
 from bigbigan.evaluation.feature_networks import INCEPTION, FeatureNetwork, encoder_network, inception_network
 from bigbigan.evaluation.generation import (
     FeatureStatistics,
+    check_libraries,
     classifier_score,
     collect_features,
     figure_names,
@@ -258,3 +260,24 @@ def test_what_inception_needs_is_named(torch_fidelity: types.ModuleType, monkeyp
     monkeypatch.setitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", None)
     with pytest.raises(ImportError, match="torch-fidelity and torchvision .*pip install torch-fidelity"):
         inception_network()
+
+
+def test_a_torchvision_of_another_build_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Unfit:
+        def find_spec(self, name: str, *_: object) -> None:
+            if name.startswith(("torchmetrics.image", "torch_fidelity")):
+                raise RuntimeError("operator torchvision::nms does not exist")
+
+    for name in [name for name in sys.modules if name.startswith(("torchmetrics.image", "torch_fidelity"))]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "meta_path", [Unfit(), *sys.meta_path])
+    for imports in (check_libraries, inception_network):
+        with pytest.raises(ImportError, match="torchvision does not fit .*nms.*from the same index"):
+            imports()
+
+
+def test_arrays_are_known_by_their_suffix_in_any_case(tmp_path: Path) -> None:
+    for name, save in (("A.NPY", np.save), ("A.NPZ", np.savez)):
+        with open(tmp_path / name, "wb") as file:
+            save(file, pictures(5).permute(0, 2, 3, 1).numpy())
+        assert given_images(str(tmp_path / name)).count == 5

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import re
+import sys
+import types
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -58,6 +60,16 @@ def test_a_record_says_what_was_measured() -> None:
     assert record["model"]["encoder_digest"] == digest(model.encoder) and record["model"]["name"] == "bigbigan-tiny"
     assert set(record["versions"]) >= {"bigbigan", "torch", "python", "numpy"}
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", record["date"])
+
+
+def test_versions_are_of_what_is_imported_and_has_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A module may be blocked (None), or bear no version."""
+    monkeypatch.setitem(sys.modules, "timm", None)
+    monkeypatch.setitem(sys.modules, "torch_fidelity", types.ModuleType("torch_fidelity"))
+    monkeypatch.setitem(sys.modules, "transformers", types.ModuleType("transformers"))
+    monkeypatch.setattr(sys.modules["transformers"], "__version__", "5.0", raising=False)
+    versions = make_record(None, {"name": "p"}, results=[], data={})["versions"]
+    assert versions["transformers"] == "5.0" and "PIL" in versions and not {"timm", "torch_fidelity"} & set(versions)
 
 
 def test_a_records_text_is_strict_json() -> None:

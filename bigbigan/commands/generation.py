@@ -200,13 +200,14 @@ def _call(script: str, function: str) -> Any:
     import runpy
     import sys
 
+    before = list(sys.path)
     sys.path.insert(0, str(Path(script).absolute().parent))
     try:
         return runpy.run_path(script).get(function, lambda: None)()
-    except Exception as error:  # a stranger's code
+    except (Exception, SystemExit) as error:  # a stranger's code
         raise ValueError(f"--network: {function}() of {script} failed: {type(error).__name__}: {error}") from error
     finally:
-        del sys.path[0]
+        sys.path[:] = before  # the script may have put folders of its own first
 
 
 def _reference(

@@ -51,7 +51,8 @@ def make_record(
     from bigbigan.evaluation.features import digest
 
     versions = {"bigbigan": __version__, "torch": str(torch.__version__), "python": platform.python_version()}
-    versions |= {name: sys.modules[name].__version__ for name in PACKAGES if name in sys.modules}
+    found = {name: getattr(sys.modules.get(name), "__version__", None) for name in PACKAGES}
+    versions |= {name: str(version) for name, version in found.items() if version is not None}
     facts, rows = None, [dict(row) for row in results]
     if model is not None:
         seen, own = images_seen(model), model.info.name or "model"
