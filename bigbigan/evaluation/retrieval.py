@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from pathlib import Path
 
-import numpy as np
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from bigbigan.evaluation.knn import nearest
@@ -61,29 +57,6 @@ def precision_at(indices: Tensor, labels: Tensor, query_labels: Tensor, ks: Sequ
         raise ValueError("some images have no label")
     same = (labels.cpu()[indices] == query_labels.cpu()[:, None]).double()
     return {k: same[:, :k].mean().item() for k in ks}
-
-
-def feature_names(path: Path) -> list[str]:
-    """The names of a feature file's rows, as `encode` wrote them.
-
-    Raises:
-        ValueError: the file has none.
-    """
-    suffix = path.suffix.lower()
-    try:
-        if suffix == ".npz":
-            with np.load(path, allow_pickle=False) as file:
-                return [str(name) for name in file["paths"]]
-        if suffix == ".safetensors":
-            with safe_open(path, framework="np") as file:
-                return list(json.loads(file.metadata()["paths"]))
-        if suffix == ".parquet":
-            from pyarrow import parquet
-
-            return parquet.read_table(path, columns=["path"])["path"].to_pylist()
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} does not name its rows ({error}); `bigbigan encode` writes files that do") from error
-    raise ValueError(f"{path}: give .npz, .safetensors or .parquet, as `bigbigan encode` writes them")
 
 
 def labels_of(names: Sequence[str]) -> Tensor:
