@@ -63,15 +63,16 @@ def load(
     local_files_only: bool = False,
     parts: Sequence[str] | None = None,
     device: torch.device | str = "cpu",
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     fuse: bool = False,
 ) -> BigBiGAN:
     """A model in eval mode; without a name the one inside the package.
 
-    `name` is, in this order: a folder, the embedded model's name, a preset's (a local conversion, else a repository), or
-    "org/name" on the Hugging Face Hub, also "org/name@revision". `cache_dir`, `token` and `local_files_only` go to
-    the Hub's client, which has settings of its own besides (HF_HOME, HF_HUB_OFFLINE, HF_ENDPOINT, HF_TOKEN). Weights
-    keep their files' dtype unless `dtype` is given. With `fuse` the model is in its fused form (`BigBiGAN.fuse`).
+    `name` is, in this order: a folder with a model, the embedded model's name, a preset's (a local conversion, else a
+    repository), or "org/name" on the Hugging Face Hub, also "org/name@revision". `dtype` is torch's or a text such as
+    "float16"; by default weights keep their files' dtype. `cache_dir`, `token` and `local_files_only` go to the Hub's
+    client, which has settings of its own besides (HF_HOME, HF_HUB_OFFLINE, HF_ENDPOINT, HF_TOKEN). With `fuse` the
+    model is in its fused form (`BigBiGAN.fuse`).
 
     Raises:
         ValueError: for a name that means nothing, or a part that the model lacks.

@@ -103,11 +103,13 @@ def given_images(path: str, number: int | None = None, seed: int = 0) -> ImageSe
     """
     import torch
 
+    from bigbigan.arrays import seeded
+
     read = _array(Path(path)) if Path(path).suffix.lower() in ARRAYS else _files(path)
     if number is not None and number > read.count:
         raise ValueError(f"{path} holds {read.count} images, and {number} are asked for; lower --number")
     count = read.count if number is None else number
-    order = torch.randperm(read.count, generator=torch.Generator().manual_seed(seed))[:count].sort().values.tolist()
+    order = torch.randperm(read.count, generator=seeded(seed))[:count].sort().values.tolist()
 
     def batches() -> Iterator[Tensor]:
         for start in range(0, count, BATCH):

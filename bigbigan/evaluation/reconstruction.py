@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from bigbigan.arrays import as_seed, as_tensor, seeded
+
 TOTALS = ("accuracy", "agreement", "l1", "mse", "pair_l1", "l2", "pair_l2", "distance", "pair_distance")
 
 
@@ -79,14 +81,15 @@ def train_classifier(
     Raises:
         ValueError: for shapes, dtypes or labels that do not fit.
     """
+    images, labels = as_tensor(images, "images"), as_tensor(labels, "labels")
     _check(images, labels, num_classes)
     if images.dtype != torch.uint8:
         raise ValueError(f"images are {images.dtype}; train on uint8")
     if min(epochs, batch_size) < 1:
         raise ValueError(f"epochs is {epochs} and batch_size {batch_size}; give at least 1 of each")
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     with torch.random.fork_rng(devices=[]):  # layers draw their first weights from torch's own generator
-        torch.default_generator.manual_seed(seed)
+        torch.default_generator.manual_seed(as_seed(seed))
         model = Classifier(images.shape[1], num_classes)
     model.to(images.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.Adam(model.parameters(), lr=lr)
@@ -118,6 +121,7 @@ def classifier_accuracy(model: Classifier, images: Tensor, labels: Tensor, *, ba
     Raises:
         ValueError: for shapes, values or labels that do not fit.
     """
+    images, labels = as_tensor(images, "images"), as_tensor(labels, "labels")
     _check(images, labels, model.num_classes)
     model.eval()
     device = next(model.parameters()).device
@@ -156,6 +160,9 @@ def reconstruction_report(
     Raises:
         ValueError: for shapes, values or labels that do not fit, and for reconstructions that are not finite.
     """
+    images, labels = as_tensor(images, "images"), as_tensor(labels, "labels")
+    if not callable(reconstruct):
+        reconstruct = as_tensor(reconstruct, "reconstructions")
     _check(images, labels, classifier.num_classes)
     if min(len(images), batch_size) < 2:
         raise ValueError(f"{len(images)} images in batches of {batch_size}: random pairs need at least 2 of each")
@@ -165,7 +172,7 @@ def reconstruction_report(
     device = next(classifier.parameters()).device
     totals = dict.fromkeys(TOTALS, 0.0)
     kept = torch.zeros(classifier.num_classes, dtype=torch.long)
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(len(images), generator=seeded(seed))
     for index in tqdm(order.split(batch_size), desc="reconstruction", disable=None if progress else True):
         x, y = _to_float(images[index].to(device)), labels[index].to(device)
         again = _to_float(reconstruct[index].to(device)) if isinstance(reconstruct, Tensor) else reconstruct(x).float()

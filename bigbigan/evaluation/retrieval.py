@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from bigbigan.arrays import as_tensor
 from bigbigan.evaluation.knn import nearest
-from bigbigan.evaluation.rows import Rows
+from bigbigan.evaluation.rows import Rows, as_rows
 
 
 def retrieve(
@@ -30,6 +31,8 @@ def retrieve(
     Raises:
         ValueError: as `nearest`, or more neighbours than rows.
     """
+    rows, queries = as_rows(rows, "rows"), as_rows(queries, "queries")
+    own = None if own is None else as_tensor(own, "own")
     if own is None or not (own >= 0).any():
         return nearest(rows, queries, k, metric=metric, device=device, progress=progress)
     if not 1 <= k < len(rows):
@@ -51,6 +54,8 @@ def precision_at(indices: Tensor, labels: Tensor, query_labels: Tensor, ks: Sequ
     Raises:
         ValueError: k beyond the neighbours, or a negative label.
     """
+    indices, labels = as_tensor(indices, "indices"), as_tensor(labels, "labels")
+    query_labels = as_tensor(query_labels, "query_labels")
     if not ks or min(ks) < 1 or max(ks) > indices.shape[1]:
         raise ValueError(f"k is {list(ks)}; give one or more from 1 to {indices.shape[1]}, the neighbours found")
     if int(labels.min()) < 0 or int(query_labels.min()) < 0:
