@@ -263,6 +263,8 @@ class BigBiGAN(nn.Module):
                 big = self.preprocess(chunk, first=sum(map(len, pooled)))  # [n, C, S, S] at E's resolution
                 pooled.append(F.avg_pool2d(big, big.shape[-1] // size))
             x = torch.cat(pooled)
+        elif x.numel():
+            image_io.check_range(x)
         x = x.to(self.device, self.dtype)
         z = None if z is None else self._check_latents(z)
         n = len(x) if z is None else len(z)

@@ -163,7 +163,6 @@ def test_only_whole_numbers_are_seeds(model: BigBiGAN) -> None:
         lambda seed: kernel_distance(ROWS, ROWS, subsets=2, subset_size=4, seed=seed),
         lambda seed: classifier_score(ROWS, splits=2, seed=seed),
         lambda seed: train_classifier(IMAGES, LABELS, num_classes=2, epochs=1, seed=seed),
-        lambda seed: Batches(torch.from_numpy(IMAGES), 4, seed),
         lambda seed: BatchEncoder(model, ["z_mean"], 1, seed),
         lambda seed: dataclasses.replace(RECIPES["bigbigan-mnist-32"], seed=seed),
     ]
@@ -171,6 +170,8 @@ def test_only_whole_numbers_are_seeds(model: BigBiGAN) -> None:
         for bad in (1.5, 1.0, np.float64(2), "1", True, -1, 2**64):
             with pytest.raises(ValueError, match=r"seed is .*(whole number|must be in)"):
                 call(bad)
+            with pytest.raises(ValueError, match="seed is 1.5; give a whole number"):
+                Batches(torch.from_numpy(IMAGES), 4, 1.5)
         call(np.int64(3))
 
 

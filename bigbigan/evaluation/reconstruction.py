@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from bigbigan.arrays import as_seed, as_tensor, seeded
+from bigbigan.images import check_range
 
 TOTALS = ("accuracy", "agreement", "l1", "mse", "pair_l1", "l2", "pair_l2", "distance", "pair_distance")
 
@@ -232,9 +233,7 @@ def _to_float(images: Tensor) -> Tensor:
 
 
 def _check_range(images: Tensor, name: str) -> None:
-    low, high = (value.item() for value in images.aminmax())
-    if not -1.001 <= low <= high <= 1.001:  # false for NaN, too
-        raise ValueError(f"{name} span {low:g} to {high:g}; give floats in [-1, 1]")
+    check_range(images, f"{name} span values")
 
 
 def _check(images: Tensor, labels: Tensor, num_classes: int) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bigbigan.arrays import as_seed
+from bigbigan.arrays import as_whole
 from bigbigan.config import PreprocessConfig
 from bigbigan.training.augment import NUM_DRAWS, AugmentationConfig, augment, permutation, uniform
 from bigbigan.training.decoding import Decoded, Decoder, Job
@@ -110,7 +110,7 @@ class Batches:
         if not 0 <= rank < world_size:
             raise ValueError(f"rank {rank} is outside 0 to {world_size - 1}")
         self.batch_size = batch_size
-        self._seed, self._augmentation = as_seed(seed), augmentation or AugmentationConfig()
+        self._seed, self._augmentation = as_whole(seed, "seed"), augmentation or AugmentationConfig()
         if self._augmentation.original and getattr(images, "decoded", images) is not None:
             raise ValueError("crops of the original pictures need Images that are not in memory")
         self._images = images
