@@ -230,6 +230,7 @@ def preprocess(
     background: tuple[int, int, int] | None = None,
     max_pixels: int = MAX_PIXELS,
     first: int = 0,
+    tell_colour: bool = True,
 ) -> torch.Tensor:
     """The encoder's input [N, channels, S, S] in [-1, 1], float32, where S = `config.resolution`.
 
@@ -243,6 +244,7 @@ def preprocess(
             What is left is scaled to `config.size` by Pillow's (antialiased) filter. A picture of that very size is
             neither cropped nor scaled; one of the padded size S is, like any other.
         invert: 255 - v, before the black border of `config.pad` pixels is added.
+        tell_colour: warn where colour becomes grey.
         background: behind transparent pixels. Default white; black for "light-on-dark" models without `invert`.
 
     Raises:
@@ -277,7 +279,7 @@ def preprocess(
             raise BadImageError(f"image {first + index} of the batch", error.reason) from error
         colour |= picture.mode == "RGB"
         rows.append(_to_input(picture, config, channels, crop or config.crop, invert)[None])
-    if colour and channels == 1:
+    if colour and channels == 1 and tell_colour:
         hint = "; invert=True helps for dark things on a light ground" if config.polarity == "light-on-dark" else ""
         warnings.warn(f"this model was trained on grey images: colour is converted to grey{hint}", stacklevel=2)
     return torch.cat(rows)
