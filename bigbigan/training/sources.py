@@ -123,9 +123,7 @@ class ImageDataset:
                 *(sum(looked), len(looked)),
             )
         elif channels == 3 and looked and not any(looked):
-            logger.info(
-                "all of %d images looked at are grey, and the networks take colour: grey is repeated", len(looked)
-            )
+            logger.info("the images are grey, and the networks take colour: grey is repeated in three channels")
 
     def decoder(self, config: PreprocessConfig, channels: int, **options: Any) -> Decoder:
         self.tell_channels(channels)
