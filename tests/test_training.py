@@ -182,6 +182,28 @@ def test_ema_rampup_shortens_the_halflife_early() -> None:
     assert average.decay(10**9, 10) == pytest.approx(0.5 ** (10 / 1000))
 
 
+def test_ema_copies_the_weights_until_it_starts() -> None:
+    average = EMA(nn.Linear(1, 1), halflife_images=1000, start_images=500)
+    assert average.decay(500, 10) == 0
+    assert average.decay(510, 10) == pytest.approx(0.5 ** (10 / 1000))
+
+
+@pytest.mark.parametrize(
+    ("rule", "decay"),
+    [
+        ({"ema_rampup": 0.05}, 0.5 ** (4 / 50)),  # a twentieth of 1000 images
+        ({"ema_rampup": 0.0}, 0.5 ** (4 / 100)),
+        ({"ema_rampup": 0.0, "ema_start_images": 1000}, 0.0),
+    ],
+)
+def test_steps_average_by_the_rule_of_their_configuration(rule: dict[str, float], decay: float) -> None:
+    state = TrainingState(dataclasses.replace(TINY, lr_g=0.1, ema_halflife_images=100, **rule))
+    before = state.ema["generator"].module.conv.weight.clone()
+    train_step(state, lambda i: tiny_batch(0, i), 1000)
+    expected = decay * before + (1 - decay) * state.generator.conv.weight
+    torch.testing.assert_close(state.ema["generator"].module.conv.weight, expected)
+
+
 def test_exported_ema_weights_have_spectral_norm_one() -> None:
     """Dividing the average by what the live or the averaged vectors give would leave norms above one."""
     state = TrainingState(TINY)

@@ -30,6 +30,7 @@ from bigbigan.training.checkpoint import (
     save_checkpoint,
 )
 from bigbigan.training.config import TrainConfig
+from bigbigan.training.diffaugment import NUM_DIFF_DRAWS
 from bigbigan.training.distributed import Processes, join_processes
 from bigbigan.training.export import inference_model
 from bigbigan.training.finetuning import load_model
@@ -203,7 +204,12 @@ class _Run:
         noise = draw_latents(config.seed, self.step, 2 * i + 1, shape)
         own = self.processes.share(size)
         z, noise = (draw[own].to(training.device, training.dtype) for draw in (z, noise))
-        return Batch(x.to(training.dtype).contiguous(memory_format=torch.channels_last), z, noise)
+        draws = None
+        if config.diff_augment:
+            index, columns = 2 * config.batches_per_step + i, 2 * NUM_DIFF_DRAWS  # behind the latents' own
+            draws = draw_latents(config.seed, self.step, index, (size, columns), "uniform")[own].unflatten(1, (2, -1))
+            draws = draws.to(training.device, training.dtype)
+        return Batch(x.to(training.dtype).contiguous(memory_format=torch.channels_last), z, noise, draws)
 
     def log(self, metrics: dict[str, torch.Tensor], lines: bool) -> None:
         """One record in metrics.jsonl, of this process's share; as a line too where no bar is shown."""
