@@ -215,6 +215,8 @@ def _check_file(folder: Path, part: str, network: nn.Module, config: BigBiGANCon
         raise WeightsError(f"{path} does not fit the architecture. {difference}. {_cause(header, part, config)}")
     if len(header.dtypes) != 1:
         raise WeightsError(f"{path} mixes dtypes: {_names(header.dtypes)}")
+    if changes := _changes(header, part, config):
+        raise WeightsError(f"{path} was saved with {changes}. Restore {CONFIG_NAME}, or save the model again")
 
 
 def _shapes(network: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -245,20 +247,33 @@ def _cause(header: Header, part: str, config: BigBiGANConfig) -> str:
     named = header.metadata.get("part", part)
     if named != part:
         return f"The file holds a model's {named[:40]}"
-    try:
-        own = dict(flatten(strict_json(header.metadata.get("config", "{}").encode())))
-    except ValueError:
-        own = {}
-    ours = dict(flatten(to_dict(getattr(config, part))))
-    if own and (differing := [key for key in ours if own.get(key) != ours[key]]):
-        facts = [f"{key} {str(own.get(key))[:80]}, {CONFIG_NAME} says {ours[key]}" for key in differing[:3]]
-        return f"The file was written with {'; '.join(facts)}"
+    if changes := _changes(header, part, config):
+        return f"The file was written with {changes}"
     if any(name.endswith(".u") for name in header.shapes):
         return "The file is a training form with spectral norm; export the run to get its inference form"
     first = {name.partition(".")[0] for name in header.shapes}
     if first in ({"module"}, {part}, {"_orig_mod"}):
         return f"The names have a prefix {first.pop()!r}, as a wrapper adds it; strip it"
     return f"{CONFIG_NAME} or the file comes from another model"
+
+
+def _changes(header: Header, part: str, config: BigBiGANConfig) -> str:
+    """How the configuration differs from that in the file's own metadata, the first three fields; empty if it does not.
+
+    `config.json` has no digest, and many fields change what a network computes but not its weights' shapes.
+    """
+    facts = []
+    for key, ours in (("config", getattr(config, part)), ("preprocess", config.preprocess)):
+        try:
+            saved = strict_json(header.metadata.get(key, "").encode())
+        except ValueError:
+            continue  # files of other programs have no such metadata
+        if isinstance(saved, dict):
+            # Fields that came later have the defaults that were computed with before.
+            own, now = dict(flatten(to_dict(type(ours)()))) | dict(flatten(saved)), dict(flatten(to_dict(ours)))
+            differing = [name for name in {**now, **own} if own.get(name) != now.get(name)]
+            facts += [f"{name} {own.get(name, 'unset')[:80]}, {CONFIG_NAME} says {now.get(name)}" for name in differing]
+    return "; ".join(facts[:3])
 
 
 def save_folder(model: BigBiGAN, folder: str | os.PathLike[str], *, card: str | None = None) -> None:
@@ -308,7 +323,9 @@ def _write_weights(folder: Path, part: str, state: dict[str, Tensor], model: Big
     """Writes safetensors by hand: the library's writer shuffles metadata, so that no two runs give the same bytes."""
     config = json.dumps(to_dict(getattr(model.config, part)))
     info = {"name": model.info.name, "license": model.info.license, "source": model.info.source}
-    header: dict[str, Any] = {"__metadata__": {"format": "pt", "part": part, "config": config, **info}}
+    preprocess = json.dumps(to_dict(model.config.preprocess))
+    metadata = {"format": "pt", "part": part, "config": config, "preprocess": preprocess, **info}
+    header: dict[str, Any] = {"__metadata__": metadata}
     codes = {dtype: code for code, dtype in DTYPES.items()}
     offset = 0
     for name, tensor in state.items():

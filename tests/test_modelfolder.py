@@ -475,6 +475,47 @@ def test_the_file_itself_tells_what_it_was_written_for(folder: Path) -> None:
         load_folder(folder)
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            lambda d: d["architecture"]["generator"].update(bn_eps=0.0003),
+            "generator.*bn_eps 0.0001, config.json says 0.0003",
+        ),
+        (
+            lambda d: d["architecture"]["encoder"].update(last_relu=False),
+            "encoder.*last_relu true, config.json says false",
+        ),
+        (
+            lambda d: d["architecture"]["encoder"].update(shortcut="raw"),
+            "encoder.*shortcut preactivated, config.json says raw",
+        ),
+        (lambda d: d["architecture"]["preprocess"].update(filter="box"), "filter bicubic, config.json says box"),
+    ],
+)
+def test_a_changed_config_is_noticed_though_all_shapes_fit(
+    folder: Path, change: Callable[[dict[str, Any]], Any], words: str
+) -> None:
+    edit_config(folder, change)
+    with pytest.raises(WeightsError, match=f"{words}.*Restore config.json, or save the model again"):
+        load_folder(folder)
+
+
+def test_a_configuration_in_a_file_is_completed_and_may_be_absent(folder: Path) -> None:
+    header, payload = split((folder / "encoder.safetensors").read_bytes())
+    saved = json.loads(header["__metadata__"]["config"])
+    for text in (json.dumps({k: v for k, v in saved.items() if k != "bn_eps"}), "resnet50", "", None):
+        header["__metadata__"].pop("config", None)
+        if text is not None:
+            header["__metadata__"]["config"] = text
+        replace_weights(folder, "encoder", join(json.dumps(header), payload))
+        load_folder(folder)  # the encoder's bn_eps is the default
+    header["__metadata__"]["config"] = json.dumps(saved | {"invented": 1})
+    replace_weights(folder, "encoder", join(json.dumps(header), payload))
+    with pytest.raises(WeightsError, match="invented 1, config.json says None"):
+        load_folder(folder)
+
+
 def test_float16_overflow_is_an_error_not_an_infinity(tmp_path: Path) -> None:
     model = tiny_model(parts=("encoder",))
     model.encoder.feature_norm.running_var.fill_(1e6)
