@@ -304,7 +304,7 @@ def three_times(name: str) -> list[dict[str, Any]]:
 def test_a_branch_that_moves_within_one_download_spoils_one_load_only(
     server: FakeHub, saved: Path, tmp_path: Path
 ) -> None:
-    """The client asks what the branch holds and then for its content: a push between the two mixes them in its cache."""
+    """The client asks what the branch holds, then for its content: a push between the two mixes them in its cache."""
     pinned = server.add("org/tiny", saved)
     other = tmp_path / "other"
     save_folder(tiny_model(seed=1, parts=("generator", "encoder")), other)
