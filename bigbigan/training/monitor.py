@@ -68,13 +68,17 @@ class Monitor:
         if self.chosen is not None:
             encode = BatchEncoder(model, ("avepool_feat", "bn_crelu_feat"), PROBE_BATCH, 0)
             parts = [encode(self.images[i].float() / 127.5 - 1, 0) for i in self.chosen.split(PROBE_BATCH)]
-            labels, n = self.labels[self.chosen], self.fitted
-            for name, rows in ((name, torch.cat([part[name] for part in parts])) for name in parts[0]):
+            # Where the model is: a probe of a large encoder's features takes a host much longer.
+            device = next(model.parameters()).device
+            labels, n = self.labels[self.chosen].to(device), self.fitted
+            for name, rows in ((name, torch.cat([part[name] for part in parts]).to(device)) for name in parts[0]):
                 probe = linear_probe(
                     rows[:n], labels[:n], rows[n:], labels[n:], l2_grid=(self.config.probe_l2,), holdout=0
                 )
                 scores[f"linear_{name}"] = round(probe.accuracy, 5)
                 if name == "avepool_feat":
-                    (near,) = knn_accuracy(rows[:n], labels[:n], rows[n:], labels[n:], ks=(min(NEIGHBOURS, n),))
+                    (near,) = knn_accuracy(
+                        rows[:n], labels[:n], rows[n:], labels[n:], ks=(min(NEIGHBOURS, n),), device=device
+                    )
                     scores[f"knn_{name}"] = round(near.accuracy, 5)
         return scores

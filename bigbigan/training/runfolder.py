@@ -66,17 +66,44 @@ def describe(config: TrainConfig, data: ImageDataset | ImageStream, init: BigBiG
     return found
 
 
-def check_same_run(path: Path, found: Any, wanted: dict[str, Any]) -> None:
-    """Compares the description at `path` with this run's.
+# Fields that may differ when a run is resumed: no weight computed so far depends on them.
+CHANGEABLE = (
+    "total_images",
+    "standing_passes",
+    "log_images",
+    "checkpoint_images",
+    "snapshot_images",
+    "probe_images",
+    "probe_l2",
+)
+
+
+def check_same_run(path: Path, found: Any, wanted: dict[str, Any], *, num_images: int = 0) -> None:
+    """Compares the description at `path`, which `num_images` have been seen by, with this run's.
 
     Raises:
-        ConfigError: lists the differences.
+        ConfigError: lists the differences that matter.
     """
     if isinstance(found, dict) and isinstance(found.get("train"), dict):
         found = {**found, "train": _completed(found["train"])}
+        _check_length(path, found["train"], wanted["train"], num_images)
+        # As they are now; what else differs is another run.
+        found["train"] |= {field: wanted["train"][field] for field in CHANGEABLE}
     if changes := list(_differences(found, wanted, "")):
         raise ConfigError(
-            f"{path} belongs to another run: {'; '.join(changes[:10])}. Choose another folder, or its settings"
+            f"{path} belongs to another run: {'; '.join(changes[:10])}. Choose another folder, or its settings; only "
+            f"{', '.join(CHANGEABLE)} may change"
+        )
+
+
+def _check_length(path: Path, found: dict[str, Any], wanted: dict[str, Any], num_images: int) -> None:
+    before, total, decay = found["total_images"], wanted["total_images"], wanted["lr_decay_images"]
+    if total + wanted["batch_size"] <= num_images:
+        raise ConfigError(f"{path} has seen {num_images:,} images already; total_images {total:,} is less")
+    if total != before and decay and num_images > min(total, before) - decay:
+        raise ConfigError(
+            f"{path}: total_images was {before:,}, now {total:,}, but the learning rates have begun to fall "
+            f"{decay:,} images before the end. Choose another folder, or total_images {before}"
         )
 
 
