@@ -65,6 +65,7 @@ def load(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     fuse: bool = False,
+    mmap: bool = True,
 ) -> BigBiGAN:
     """A model in eval mode; without a name the one inside the package.
 
@@ -72,6 +73,7 @@ def load(
     "org/name" on the Hugging Face Hub, also "org/name@revision". `cache_dir`, `token` and `local_files_only` go to
     the Hub's client, which has settings of its own besides (HF_HOME, HF_HUB_OFFLINE, HF_ENDPOINT, HF_TOKEN). Weights
     keep their files' dtype unless `dtype` is given. With `fuse` the model is in its fused form (`BigBiGAN.fuse`).
+    Weights are memory-mapped unless `mmap` is false: do not change files in place while a model from them is in use.
 
     Raises:
         ValueError: for a name that means nothing, or a part that the model lacks.
@@ -82,7 +84,14 @@ def load(
     folder, checked = _locate(name, _Repository("", revision, cache_dir, token, local_files_only), parts)
     embedded = folder == _embedded()
     return modelfolder.load_folder(
-        folder, parts=parts, device=device, dtype=dtype, verify=not checked, remember=not embedded, fuse=fuse
+        folder,
+        parts=parts,
+        device=device,
+        dtype=dtype,
+        verify=not checked,
+        remember=not embedded,
+        fuse=fuse,
+        mmap=mmap,
     )
 
 

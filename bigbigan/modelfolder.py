@@ -154,12 +154,14 @@ def load_folder(
     verify: bool = True,
     remember: bool = True,
     fuse: bool = False,
+    mmap: bool = True,
 ) -> BigBiGAN:
     """The model in a folder, in eval mode; with `fuse`, in the form of `BigBiGAN.fuse`.
 
     Every load compares the files' headers with the architecture before it allocates anything; `verify` checks digests
     and finite values as well, once a file (`remember=False`: each time, without a record in `integrity.cache_dir()`).
-    Weights are memory-mapped and keep the files' dtype unless `dtype` is given.
+    Weights keep the files' dtype unless `dtype` is given. They are memory-mapped: a file that is changed in place
+    changes the model, and one that is cut ends the process; `mmap=False` copies them into memory instead.
 
     Raises:
         FileNotFoundError, ConfigError: as `read_config`.
@@ -181,7 +183,7 @@ def load_folder(
     for part in wanted:
         network, path = getattr(model, part), folder / weight_file(part)
         # Fusing replaces weights one by one: those of a mapped file would all stay in memory until the last.
-        state = read_tensors(path) if fuse else load_file(path)
+        state = read_tensors(path) if fuse or not mmap else load_file(path)
         network.load_state_dict(state, strict=True, assign=True)
         del state
         network.to(device=device, dtype=dtype)

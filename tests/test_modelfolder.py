@@ -182,6 +182,18 @@ def test_training_a_loaded_model_does_not_write_into_its_file(folder: Path) -> N
     assert digests(folder) == before
 
 
+def test_weights_in_memory_outlive_their_file(folder: Path) -> None:
+    """Mapped ones would change, or end the process; so do it in a process of its own."""
+    script = (
+        "import sys, bigbigan; from pathlib import Path; folder = Path(sys.argv[1]);"
+        "model = bigbigan.load(folder, mmap=False); before = model.generate(2, seed=0);"
+        "[open(path, 'r+b').truncate(100) for path in folder.glob('*.safetensors')];"
+        "assert (model.generate(2, seed=0) == before).all()"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(folder)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_saving_onto_the_folder_one_was_loaded_from(folder: Path) -> None:
     model = load_folder(folder)
     with torch.no_grad():

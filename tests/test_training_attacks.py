@@ -7,6 +7,7 @@ import dataclasses
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -165,6 +166,14 @@ def test_a_run_of_another_version_goes_on(
     assert caplog.text.count("was written by") == 1
     with pytest.raises(ConfigError, match=r"train\.lr_decay was 1\.0, now 0\.5"):
         loop.train(dataclasses.replace(CONFIG, lr_decay=0.5), open_dataset(photos), run)
+
+
+def test_one_image_is_refused_before_a_run_is_made(photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    shutil.copy(next(photos.iterdir()), tmp_path / "one")
+    with pytest.raises(ConfigError, match="the data is 1 image; training needs two or more"):
+        train(tmp_path / "one", tmp_path / "run")
+    assert not (tmp_path / "run" / "config.json").exists()
 
 
 def signal_at(monkeypatch: pytest.MonkeyPatch, step: int, times: int = 1) -> None:

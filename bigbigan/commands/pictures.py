@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,8 @@ from bigbigan.commands.options import (
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from bigbigan.model import BigBiGAN
 
 BATCH = 32
 
@@ -134,6 +137,7 @@ def _generate(arguments: argparse.Namespace) -> int:
     if arguments.name and arguments.model:
         raise ValueError(f"MODEL is {arguments.name} and --model is {arguments.model}; give one of them")
     model = open_model(arguments, ("generator",), arguments.name)
+    _check_layout(arguments, model, 1 if single else arguments.number, arguments.columns)
     drawn = []
     for start in range(0, arguments.number, BATCH):
         z = model.sample_latents(
@@ -170,10 +174,12 @@ def _reconstruct(arguments: argparse.Namespace) -> int:
         raise ValueError("name the images to reconstruct; only the package's own model brings some along")
     check_picture(arguments.output, files)
     model = open_model(arguments, ("generator", "encoder"))
+    columns = min(arguments.columns or 8, len(files))
+    _check_layout(arguments, model, 2 * columns * math.ceil(len(files) / columns), columns)
     x = model.preprocess(files, **image_options(arguments))
     options = {"use_sample": arguments.use_sample, "upsample": arguments.upsample, "seed": arguments.seed}
     again = model.reconstruct(x, **options)
-    save_image(make_pairs(x, again, arguments.columns or 8, scale=arguments.scale), arguments.output)
+    save_image(make_pairs(x, again, columns, scale=arguments.scale), arguments.output)
     return 0
 
 
@@ -186,6 +192,7 @@ def _interpolate(arguments: argparse.Namespace) -> int:
     images = [arguments.a, arguments.b]
     check_picture(arguments.output, images)
     model = open_model(arguments, ("generator", "encoder"))
+    _check_layout(arguments, model, arguments.steps + 2, arguments.steps + 2)
     x = model.preprocess(images, **image_options(arguments))
     z = model.encode(x).z_mean
     way = slerp if arguments.spherical else torch.lerp
@@ -195,6 +202,15 @@ def _interpolate(arguments: argparse.Namespace) -> int:
     strip = torch.cat([ends[:1], drawn, ends[1:]])
     save_image(make_grid(strip, len(strip), scale=arguments.scale or enlargement(drawn)), arguments.output)
     return 0
+
+
+def _check_layout(arguments: argparse.Namespace, model: BigBiGAN, number: int, columns: int | None) -> None:
+    """Refuses a picture that would be too large before anything is drawn."""
+    from bigbigan.grids import CELL, grid_layout
+
+    config = model.part("generator").config
+    side = config.upsample_size if arguments.upsample else config.resolution
+    grid_layout(number, (side, side), columns, scale=arguments.scale or max(1, CELL // side))
 
 
 def slerp(a: Tensor, b: Tensor, t: Tensor) -> Tensor:

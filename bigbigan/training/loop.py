@@ -173,6 +173,8 @@ class _Run:
     ):
         self.config, self.folder, self.processes, self.keep = config, folder, processes, keep
         self.keep_snapshots = keep_snapshots
+        if isinstance(data, ImageDataset) and len(data) < 2:
+            raise ConfigError(f"the data is {len(data)} image; training needs two or more")
         self.description = describe(config, data, init)
         self.tensorboard: TensorBoard | None = None
         if len(digests := set(processes.gather(data.digest))) > 1:
