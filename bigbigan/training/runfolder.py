@@ -22,6 +22,7 @@ from bigbigan.schema import ConfigError, from_dict, to_dict
 from bigbigan.training.augment import AugmentationConfig
 from bigbigan.training.checkpoint import remove_leftovers
 from bigbigan.training.config import TrainConfig
+from bigbigan.training.monitor import PIXEL_L1
 from bigbigan.training.sources import ImageDataset
 from bigbigan.training.streaming import ImageStream
 
@@ -186,7 +187,10 @@ def keep_snapshot(
     """
     num_images = model.info.provenance["num_images"]
     name, score = snapshot_name(num_images), scores.get("linear_avepool_feat")
-    model.info.provenance["held_out"] = scores
+    pixels = {key: value for key, value in scores.items() if key in PIXEL_L1}
+    model.info.provenance["held_out"] = {key: value for key, value in scores.items() if key not in pixels}
+    if pixels:
+        model.info.provenance["training_images"] = pixels
     model.save(folder / name)
     if best is None or score is None or best["score"] is None or score > best["score"]:
         best = {"snapshot": name, "score": score, "num_images": num_images, "step": step}

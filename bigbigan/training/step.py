@@ -107,7 +107,8 @@ class TrainingState:
     def _adam(self, groups: list[dict[str, object]]) -> torch.optim.Adam:
         config = self.config
         betas = (config.adam_beta1, config.adam_beta2)
-        return torch.optim.Adam(groups, betas=betas, eps=config.adam_eps, weight_decay=config.weight_decay, fused=True)
+        fused = self.device.type != "meta"  # older versions of torch refuse it there, where nothing is computed
+        return torch.optim.Adam(groups, betas=betas, eps=config.adam_eps, weight_decay=config.weight_decay, fused=fused)
 
     @property
     def generator(self) -> nn.Module:
