@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bigbigan.arrays import check_shape
 from bigbigan.config import DISCRIMINATOR_CHANNELS, DiscriminatorConfig
 from bigbigan.layers import DownsampleConv2d, Layers, ResidualMLP, SelfAttention
 
@@ -93,6 +94,9 @@ class Discriminator(nn.Module):
         """x: [N, C, resolution, resolution] in [-1, 1]; z: [N, z_dim], not needed where ("x",) are all scores."""
         if z is None and self.h is not None:
             raise ValueError(f"the scores {', '.join(self.config.scores)} need latents; z is None")
+        check_shape(x, "images", None, self.config.image_channels, None, None)
+        if z is not None and self.h is not None:
+            check_shape(z, "latents", None, self.config.z_dim)
         score_x = score_z = score_xz = None
         f = self.f(x)  # [N, num_features]
         if self.score_x is not None:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bigbigan.arrays import check_shape
 from bigbigan.config import EncoderConfig
 from bigbigan.layers import BatchNorm, Layers, ResidualMLP
 from bigbigan.pretrained import Pretrained
@@ -81,6 +82,7 @@ class Encoder(nn.Module, Pretrained):
 
         Without noise it is drawn afresh, without touching torch's global generator.
         """
+        check_shape(x, "images", None, self.config.image_channels, None, None)
         wide = torch.promote_types(x.dtype, torch.float32)  # half precision would lose the mean
         pooled = self.trunk(x).mean(dim=(2, 3), dtype=wide).to(x.dtype)  # [N, num_features]
         bn_crelu = crelu(self.feature_norm(pooled))  # [N, 2 * num_features]

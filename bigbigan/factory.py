@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from bigbigan import hub
+from bigbigan.arrays import as_dtype, seeded
 from bigbigan.config import BigBiGANConfig, ModelInfo
 from bigbigan.images import ImageLike
 from bigbigan.layers import Initializer, initialize
@@ -24,7 +25,7 @@ def create_model(
     seed: int = 0,
     initializer: Initializer = "orthogonal",
     device: str | torch.device = "cpu",
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
 ) -> BigBiGAN:
     """A preset's architecture (or a configuration's) with random weights, in evaluation mode.
 
@@ -32,7 +33,7 @@ def create_model(
     drawn from `seed`; batch-norm statistics are mean 0, variance 1.
 
     Raises:
-        ValueError: unknown name or initializer, or a part that the architecture lacks.
+        ValueError: unknown name, initializer or dtype, or a part that the architecture lacks.
     """
     if isinstance(name, BigBiGANConfig):
         config, info = name, ModelInfo(source="random weights")
@@ -42,8 +43,8 @@ def create_model(
         model = BigBiGAN(config, parts, info)
     model.to_empty(device="cpu")
     for part in model.parts:  # each part from the seed alone, so that it does not depend on which others are made
-        initialize(getattr(model, part), torch.Generator().manual_seed(seed), initializer)
-    return model.to(device, dtype).eval()
+        initialize(getattr(model, part), seeded(seed), initializer)
+    return model.to(device, as_dtype(dtype)).eval()
 
 
 def list_models(pattern: str = "*", *, pretrained: bool | None = None) -> list[str]:

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bigbigan.arrays import as_tensor, check_shape
 from bigbigan.config import GENERATOR_CHANNELS, GeneratorConfig
 from bigbigan.layers import ConditionalNormReLU, Layers, NormReLU, SelfAttention, UpsampleConv2d, upsample_nearest
 from bigbigan.pretrained import Pretrained
@@ -58,6 +59,7 @@ class Generator(nn.Module, Pretrained):
 
     def forward(self, z: Tensor) -> Tensor:
         """z: [N, z_dim] -> images [N, image_channels, resolution, resolution] in [-1, 1]."""
+        check_shape(z, "latents", None, self.config.z_dim)
         seed, *chunks = z.split(self.config.z_chunks, dim=1)  # [N, 20] each
         x = self.seed(seed).unflatten(1, (4, 4, -1)).permute(0, 3, 1, 2)  # [N, 16 ch, 4, 4], from NHWC order
         for i, (block, chunk) in enumerate(zip(self.blocks, chunks, strict=True)):
@@ -68,6 +70,8 @@ class Generator(nn.Module, Pretrained):
 
     def upsample(self, images: Tensor) -> Tensor:
         """images: [N, C, S, S] -> [N, C, upsample_size, upsample_size], as the module's `upsampled` output."""
+        images = as_tensor(images, "images")
+        check_shape(images, "images", None, None, None, None)
         size, mode = self.config.upsample_size, self.config.upsample_mode
         if mode == "nearest":
             return F.interpolate(images, size=(size, size), mode="nearest")

@@ -22,7 +22,7 @@ from bigbigan.config import PARTS, select_parts
 from bigbigan.integrity import WeightsError, cache_dir
 from bigbigan.model import BigBiGAN
 from bigbigan.modelcard import model_card
-from bigbigan.presets import EMBEDDED, HubEntry, get_preset, normalize
+from bigbigan.presets import EMBEDDED, PRESETS, HubEntry, get_preset, normalize
 from bigbigan.schema import ConfigError
 
 __all__ = ["DownloadError", "UploadError", "cache_dir", "has_weights", "load", "push_to_hub", "resolve"]
@@ -63,17 +63,18 @@ def load(
     local_files_only: bool = False,
     parts: Sequence[str] | None = None,
     device: torch.device | str = "cpu",
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     fuse: bool = False,
     mmap: bool = True,
 ) -> BigBiGAN:
     """A model in eval mode; without a name the one inside the package.
 
-    `name` is, in this order: the embedded model's, a folder, a preset's (a local conversion, else a repository), or
-    "org/name" on the Hugging Face Hub, also "org/name@revision". `cache_dir`, `token` and `local_files_only` go to
-    the Hub's client, which has settings of its own besides (HF_HOME, HF_HUB_OFFLINE, HF_ENDPOINT, HF_TOKEN). Weights
-    keep their files' dtype unless `dtype` is given. With `fuse` the model is in its fused form (`BigBiGAN.fuse`).
-    Weights are memory-mapped unless `mmap` is false: do not change files in place while a model from them is in use.
+    `name` is, in this order: a folder with a model, the embedded model's name, a preset's (a local conversion, else a
+    repository), or "org/name" on the Hugging Face Hub, also "org/name@revision". `dtype` is torch's or a text such as
+    "float16"; by default weights keep their files' dtype. `cache_dir`, `token` and `local_files_only` go to the Hub's
+    client, which has settings of its own besides (HF_HOME, HF_HUB_OFFLINE, HF_ENDPOINT, HF_TOKEN). With `fuse` the
+    model is in its fused form (`BigBiGAN.fuse`). Weights are memory-mapped unless `mmap` is false: do not change files
+    place while a model from them is in use.
 
     Raises:
         ValueError: for a name that means nothing, or a part that the model lacks.
@@ -125,18 +126,31 @@ def has_weights(name: str) -> bool:
 
 def _locate(name: str | os.PathLike[str] | None, client: _Repository, parts: Sequence[str] | None) -> tuple[Path, bool]:
     """The folder, and whether its weights have been verified already."""
-    if name is None or (isinstance(name, str) and normalize(name) == EMBEDDED):
+    if name is None:
         _refuse_revision(client, "the embedded model")
         return _embedded(), False
     folder = Path(name).expanduser()
+    preset = isinstance(name, str) and normalize(name) in PRESETS
     if isinstance(name, os.PathLike) or folder.is_dir() or _looks_like_path(name):
         if not folder.is_dir():
             raise modelfolder.missing_folder(folder)
-        _refuse_revision(client, f"the folder {folder}")
-        return folder, False
+        if not preset or (folder / modelfolder.CONFIG_NAME).is_file():
+            if preset:
+                logger.info("%s: the folder of that name here, not the model that `bigbigan list` shows", name)
+            _refuse_revision(client, f"the folder {folder}")
+            return folder, False
+        logger.warning("%s: the folder of that name here holds no model, so the named model is meant", name)
+    if preset and normalize(str(name)) == EMBEDDED:
+        _refuse_revision(client, "the embedded model")
+        return _embedded(), False
+    name = str(name)
     name, at, revision = name.partition("@")
     if at:
-        if not revision or client.revision not in (None, revision):
+        if not revision:
+            raise ValueError(
+                f"{name}@ names no revision behind the @; give a branch, a tag or a commit, or leave it out"
+            )
+        if client.revision not in (None, revision):
             raise ValueError(f"{name}@{revision} and revision={client.revision!r} do not agree; give one revision")
         client = replace(client, revision=revision)
     if "/" in name:

@@ -14,12 +14,14 @@ What a file or a Pillow image becomes (`read_image`), always 8 bits a channel:
     ICC profile, gamma                        ignored: values are taken as sRGB
     animation, several pages                  the first; the current one of a Pillow image
 
-Formats: PNG, JPEG, WebP, GIF, BMP, TIFF, known by content, not by suffix. Arrays and uint8 tensors hold grey, RGB or
-RGBA values in 0 to 255. Pillow misreads the transparent colour (tRNS) of 2- and 4-bit grey and 16-bit colour PNGs.
+Formats: PNG, JPEG, WebP, GIF, BMP (with or without its file header), TIFF, known by content, not by suffix. Arrays and
+uint8 tensors hold grey, RGB or RGBA values in 0 to 255. Pillow misreads the transparent colour (tRNS) of 2- and 4-bit
+grey and 16-bit colour PNGs.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 import stat
 import threading
@@ -27,7 +29,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn, TypeGuard
+from typing import Any, BinaryIO, TypeGuard
 
 import numpy as np
 import torch
@@ -36,12 +38,14 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from bigbigan.config import PreprocessConfig
 from bigbigan.files import atomic_write
+from bigbigan.listing import IMAGE_SUFFIXES as IMAGE_SUFFIXES
+from bigbigan.listing import asset_images as asset_images
+from bigbigan.listing import list_images as list_images
 
 Box = tuple[int, int, int, int]
 ImageLike = str | os.PathLike[str] | Image.Image | NDArray[Any] | torch.Tensor
 
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "DIB")  # DIB: BMP without a file header
 MAX_PIXELS = 64_000_000
 DRAFT_PIXELS = 16_000_000  # larger JPEGs are decoded at a fraction of their size where all of it is not needed
 _BAND_PIXELS = 2_000_000  # converted at a time: large pictures take little more memory than they and their result do
@@ -320,7 +324,7 @@ def preprocess(
     Args:
         images: one picture as in `read_image`, a sequence of them, an array [N, H, W, 1|3|4] or a uint8 tensor
             [N, 1|3|4, H, W]. A float tensor [N, channels, S, S] or [channels, S, S] in [-1, 1] is taken as finished;
-            values in [0, 1] cannot be told from those.
+            a batch that lies in [0, 1] causes a warning, once.
         channels: 1 (colour becomes grey by Pillow's luma, with a warning) or 3 (grey is repeated).
         crop: in place of `config.crop`. "center": the largest centre square; "resnet": a centre square of side
             min_edge * size / (size + 32), TensorFlow's ResNet evaluation crop; "none": the whole picture, squashed.
@@ -388,12 +392,31 @@ def _finished(tensor: torch.Tensor, shape: tuple[int, int, int]) -> torch.Tensor
         raise BadImageError(
             None, f"a float tensor of shape {list(tensor.shape)}; this model takes {list(shape)}, or a batch of it"
         )
-    low, high = torch.stack(batch.detach().aminmax()).tolist()
-    if not (low >= -1.001 and high <= 1.001):  # false for NaN too
-        raise BadImageError(
-            None, f"float tensor values from {low:g} to {high:g}; [-1, 1] is needed (from [0, 1]: 2 * x - 1)"
-        )
+    check_range(batch)
     return batch.float()
+
+
+def check_range(images: torch.Tensor, name: str = "float tensor values") -> None:
+    """Refuses floats outside [-1, 1]; where all lie in [0, 1], a warning says so once.
+
+    Raises:
+        BadImageError: the range; NaN counts as outside.
+    """
+    low, high = torch.stack(images.detach().aminmax()).tolist()
+    if not (low >= -1.001 and high <= 1.001):  # false for NaN too
+        raise BadImageError(None, f"{name} from {low:g} to {high:g}; [-1, 1] is needed (from [0, 1]: 2 * x - 1)")
+    if low >= 0 and low < high <= 1:
+        _warn_of_unit_range()
+
+
+@functools.cache
+def _warn_of_unit_range() -> None:
+    """Once in a process: a whole batch of floats lies in [0, 1], as torchvision makes them, where [-1, 1] is meant."""
+    warnings.warn(
+        "all values of a batch of float images lie in [0, 1], and they are taken as [-1, 1]; if they come from "
+        "torchvision's ToTensor or the like, give 2 * x - 1",
+        stacklevel=2,
+    )
 
 
 def _to_input(picture: Image.Image, config: PreprocessConfig, channels: int, invert: bool) -> torch.Tensor:
@@ -445,41 +468,3 @@ def save_image(image: Image.Image, path: str | os.PathLike[str]) -> None:
     name, options = _SAVE_OPTIONS[suffix]
     with atomic_write(path) as temporary:
         Image.fromarray(np.asarray(image)).save(temporary, format=name, **options)
-
-
-def list_images(folder: str | os.PathLike[str]) -> list[Path]:
-    """All files under `folder` with one of IMAGE_SUFFIXES (any case), sorted by their relative path with slashes.
-
-    Hidden names (leading dot) and what is no regular file are left out. Links are followed; a folder reached twice,
-    as in a loop of links, is listed once.
-
-    Raises:
-        ValueError: no such folder, or no picture in it.
-        OSError: a folder in it cannot be read.
-    """
-
-    def fail(error: OSError) -> NoReturn:  # `os.walk` would skip the folder in silence
-        raise error
-
-    root = Path(folder)
-    if not root.is_dir():
-        raise ValueError(f"{root}: no such folder")
-    found: list[Path] = []
-    seen: set[tuple[int, int]] = set()
-    for parent, folders, names in os.walk(root, followlinks=True, onerror=fail):
-        status = os.stat(parent)
-        if (status.st_dev, status.st_ino) in seen:
-            folders.clear()
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        paths = [Path(parent, name) for name in names if not name.startswith(".")]
-        found += [path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()]
-    if not found:
-        raise ValueError(f"{root}: no pictures in it; looked for {', '.join(IMAGE_SUFFIXES)}")
-    return sorted(found, key=lambda path: path.relative_to(root).as_posix())
-
-
-def asset_images() -> list[Path]:
-    """The pictures inside the package: 32 of Fashion-MNIST's test set, which its model has not seen in training."""
-    return list_images(Path(__file__).with_name("assets") / "fashion_mnist_test")

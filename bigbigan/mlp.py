@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bigbigan.arrays import as_tensor, check_shape
 from bigbigan.config import MLPDiscriminatorConfig, MLPEncoderConfig, MLPGeneratorConfig
 from bigbigan.discriminator import DiscriminatorOutput
 from bigbigan.encoder import EncoderOutput, crelu
@@ -60,6 +61,14 @@ def pixels(config: Config) -> int:
     return config.image_channels * config.resolution**2
 
 
+def check_images(x: Tensor, config: Config) -> None:
+    """
+    Raises:
+        ValueError: the shape is not [N, C, S, S].
+    """
+    check_shape(x, "images", None, config.image_channels, config.resolution, config.resolution)
+
+
 def flat(x: Tensor) -> Tensor:
     """[N, C, S, S] in [-1, 1] -> [N, C * S * S] in [0, 1]."""
     return (x.flatten(1) + 1) / 2
@@ -78,13 +87,14 @@ class MLPGenerator(nn.Module, Pretrained):
 
     def forward(self, z: Tensor) -> Tensor:
         """z: [N, z_dim] -> images [N, image_channels, resolution, resolution] in [-1, 1]."""
+        check_shape(z, "latents", None, self.config.z_dim)
         x = torch.tanh(self.image(self.hidden(z, z)) / 2)  # 2 sigmoid(logits) - 1, [N, C * S * S]
         side = self.config.resolution
         return x.unflatten(1, (self.config.image_channels, side, side))
 
     def upsample(self, images: Tensor) -> Tensor:
         """The images themselves: BiGAN has no enlarged output."""
-        return images
+        return as_tensor(images, "images")
 
 
 class MLPEncoder(nn.Module, Pretrained):
@@ -106,6 +116,7 @@ class MLPEncoder(nn.Module, Pretrained):
 
     def forward(self, x: Tensor, noise: Tensor | None = None) -> EncoderOutput:
         """x: [N, C, S, S] in [-1, 1]; noise is not used, as in every deterministic encoder."""
+        check_images(x, self.config)
         features = self.hidden(flat(x)).to(x.dtype)  # [N, width]
         mean = torch.tanh(self.latent(features) / 2).to(x.dtype)  # 2 sigmoid(logits) - 1, [N, z_dim]
         return EncoderOutput(mean, mean, torch.zeros_like(mean), features, crelu(self.feature_norm(features)))
@@ -122,4 +133,8 @@ class MLPDiscriminator(nn.Module):
 
     def forward(self, x: Tensor, z: Tensor | None) -> DiscriminatorOutput:
         """x: [N, C, resolution, resolution] in [-1, 1]; z: [N, z_dim]."""
+        check_images(x, self.config)
+        if z is None:
+            raise ValueError("the score xz needs latents; z is None")
+        check_shape(z, "latents", None, self.config.z_dim)
         return DiscriminatorOutput(None, None, self.score_xz(self.hidden(flat(x), z)).squeeze(1))

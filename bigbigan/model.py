@@ -12,10 +12,12 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import ArrayLike
 from PIL import Image
 from torch import Tensor, nn
 
 from bigbigan import images as image_io
+from bigbigan.arrays import as_floats, as_seed, as_tensor, as_whole
 from bigbigan.config import (
     PARTS,
     BigBiGANConfig,
@@ -117,7 +119,7 @@ class BigBiGAN(nn.Module):
     @torch.no_grad()
     def generate(
         self,
-        z: int | Tensor = 1,
+        z: int | ArrayLike = 1,
         *,
         seed: int | None = None,
         generator: torch.Generator | None = None,
@@ -128,11 +130,14 @@ class BigBiGAN(nn.Module):
     ) -> Tensor:
         """Images [N, C, S, S] in [-1, 1] from latents z [N, z_dim], or from that many draws (`sample_latents`).
 
+        Latents are a tensor, an array or lists of numbers.
+
         `upsample` gives [N, C, upsample_size, upsample_size], as the module's `upsampled` output.
         """
         network = self.part("generator")
-        if not isinstance(z, Tensor):
-            options = {"seed": seed, "generator": generator, "truncation": truncation}
+        z = z if isinstance(z, int) else as_tensor(z, "latents")
+        if isinstance(z, int) or z.ndim == 0:
+            options: dict[str, Any] = {"seed": seed, "generator": generator, "truncation": truncation}
             z = self.sample_latents(z, truncation_mode=truncation_mode, **options)  # type: ignore[arg-type]
         elif seed is not None or generator is not None or truncation is not None:
             raise ValueError("seed, generator and truncation apply to drawn latents; z was given")
@@ -161,6 +166,7 @@ class BigBiGAN(nn.Module):
             truncation: with "resample", values beyond it are drawn again (BigGAN, section 3.1); with "scale", all are
                 multiplied by it. Normal priors only.
         """
+        n, start = as_whole(n, "the number of latents"), as_seed(start, "start")
         if n < 1:
             raise ValueError(f"cannot draw {n} latents; ask for at least 1")
         prior = self.part("generator").config.prior
@@ -192,7 +198,7 @@ class BigBiGAN(nn.Module):
         images: ImageLike | Sequence[ImageLike],
         *,
         seed: int | None = None,
-        noise: Tensor | None = None,
+        noise: ArrayLike | None = None,
         start: int = 0,
         batch_size: int = 32,
         **options: Any,
@@ -205,6 +211,7 @@ class BigBiGAN(nn.Module):
         network = self.part("encoder")
         if seed is not None and noise is not None:
             raise ValueError("give a seed or the noise itself, not both")
+        noise = None if noise is None else as_floats(noise, "noise", None, self.config.z_dim)
         outputs: list[EncoderOutput] = []
         for chunk in _chunks(images, batch_size):
             done = sum(len(out) for out in outputs)
@@ -213,7 +220,7 @@ class BigBiGAN(nn.Module):
             if noise is not None:
                 eps = noise[done : done + len(x)]
                 if eps.shape != shape:
-                    raise ValueError(f"noise is {list(noise.shape)}; expected [N, {shape[1]}], one row an image")
+                    raise ValueError(f"noise has {len(noise)} rows; give one for each image")
             elif seed is not None:
                 eps = indexed_noise(seed, start + done, shape)
             else:
@@ -240,7 +247,7 @@ class BigBiGAN(nn.Module):
 
     @torch.no_grad()
     def discriminate(
-        self, x: ImageLike | Sequence[ImageLike], z: Tensor | None = None, *, batch_size: int = 32
+        self, x: ImageLike | Sequence[ImageLike], z: ArrayLike | None = None, *, batch_size: int = 32
     ) -> DiscriminatorOutput:
         """Scores score_x, score_z and score_xz, [N] each, of pairs of image and latent; of images if s_x is all.
 
@@ -256,6 +263,8 @@ class BigBiGAN(nn.Module):
                 big = self.preprocess(chunk, first=sum(map(len, pooled)))  # [n, C, S, S] at E's resolution
                 pooled.append(F.avg_pool2d(big, big.shape[-1] // size))
             x = torch.cat(pooled)
+        elif x.numel():
+            image_io.check_range(x)
         x = x.to(self.device, self.dtype)
         z = None if z is None else self._check_latents(z)
         n = len(x) if z is None else len(z)
@@ -299,10 +308,8 @@ class BigBiGAN(nn.Module):
             raise ValueError(f"this model has no {part}; it has {', '.join(self.parts)}")
         return network
 
-    def _check_latents(self, z: Tensor) -> Tensor:
-        if z.ndim != 2 or z.shape[1] != self.config.z_dim or len(z) == 0:
-            raise ValueError(f"latents are {list(z.shape)}; expected [N, {self.config.z_dim}]")
-        return z.to(self.device, self.dtype)
+    def _check_latents(self, z: ArrayLike) -> Tensor:
+        return as_floats(z, "latents", None, self.config.z_dim).to(self.device, self.dtype)
 
 
 def fresh_generator() -> torch.Generator:
@@ -314,8 +321,7 @@ def fresh_generator() -> torch.Generator:
 
 def indexed_uniform(seed: int, start: int, shape: tuple[int, int], stream: int) -> Tensor:
     """[n, dim] float64 in (0, 1); row i depends on seed, stream and `start + i` alone (Philox, one counter a row)."""
-    if not 0 <= seed < 2**64:
-        raise ValueError(f"seed is {seed}; it must be in [0, 2**64)")
+    seed = as_seed(seed)
     rows, key = [], np.array([seed, stream], np.uint64)  # a list would pass through float64 from 2**63 on
     for index in range(start, start + shape[0]):
         bits = np.random.Philox(key=key, counter=np.array([0, 0, 0, index], np.uint64)).random_raw(shape[1])

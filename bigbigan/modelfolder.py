@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from bigbigan.arrays import as_dtype
 from bigbigan.config import (
     MAX_CONFIG_BYTES,
     PARTS,
@@ -150,7 +151,7 @@ def load_folder(
     *,
     parts: Sequence[str] | None = None,
     device: torch.device | str = "cpu",
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     verify: bool = True,
     remember: bool = True,
     fuse: bool = False,
@@ -168,8 +169,7 @@ def load_folder(
         WeightsError: if a weight file is missing, damaged, or not one for this architecture.
         ValueError: for a part that the folder does not have, or a dtype that is not a floating one.
     """
-    if dtype is not None and not dtype.is_floating_point:
-        raise ValueError(f"dtype is {dtype}; models run in a floating dtype such as torch.float16")
+    dtype = as_dtype(dtype)
     folder = Path(folder)
     described = read_config(folder)
     wanted = select_parts(parts, described.files, folder)

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from bigbigan.arrays import seeded
 from bigbigan.config import select_parts
 from bigbigan.files import atomic_write
 from bigbigan.model import BigBiGAN
@@ -57,7 +58,7 @@ class _Part(nn.Module):
 def part_inputs(model: BigBiGAN, part: str, batch_size: int = 2, seed: int = 0) -> dict[str, Tensor]:
     """Random inputs of a part by name: z; x and noise; or x and z, each [N, …]. Noise only where z_sample takes it."""
     config = model.part(part).config
-    draws = torch.Generator().manual_seed(seed)
+    draws = seeded(seed)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(batch_size, *shape, generator=draws).to(model.device, model.dtype)

@@ -231,7 +231,7 @@ def test_errors_are_one_line(tmp_path: Path, folder: str, capsys: pytest.Capture
         (["train", "bigbigan-tiny-typo", "--dry-run"], "there is bigbigan-"),
         (["train", "bigbigan-fashion-mnist-32"], "needs --data and --run"),
         (["export", str(tmp_path), "-o", str(tmp_path / "x")], "is no run folder"),
-        (["evaluate", "linear", "--data", str(tmp_path / "in"), "--model", folder], "have no label"),
+        (["evaluate", "linear", "--data", str(tmp_path / "in"), "--model", folder, "--quiet"], "have no label"),
     ]
     for arguments, message in cases:
         assert main(arguments) == 2, arguments

@@ -57,7 +57,8 @@ def measure(tmp_path: Path, *arguments: object) -> dict[str, Any]:
 def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     capsys.readouterr()
     assert main(["evaluate", *map(str, arguments)]) == 2
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("bigbigan evaluate:")]
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("bigbigan evaluate:")
     return line
 
 

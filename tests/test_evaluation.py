@@ -331,8 +331,8 @@ def test_batches_change_nothing_but_rounding(classifier: Classifier) -> None:
     [
         ({"images": torch.zeros(8, 16, 16)}, r"images have shape \(8, 16, 16\)"),
         ({"images": torch.zeros(8, 1, 8, 8)}, "S at least 16"),
-        ({"images": torch.full((8, 1, 16, 16), 255.0)}, r"images span 255 to 255; give floats in \[-1, 1\]"),
-        ({"images": torch.full((8, 1, 16, 16), math.nan)}, "images span nan"),
+        ({"images": torch.full((8, 1, 16, 16), 255.0)}, r"images span values from 255 to 255; \[-1, 1\] is needed"),
+        ({"images": torch.full((8, 1, 16, 16), math.nan)}, "images span values from nan"),
         ({"labels": torch.zeros(8)}, "labels are torch.float32"),
         ({"labels": torch.arange(8) - 1}, "labels span -1 to 6; expected 0 to 1"),
         ({"batch_size": 1}, "8 images in batches of 1"),
@@ -340,7 +340,7 @@ def test_batches_change_nothing_but_rounding(classifier: Classifier) -> None:
         ({"reconstruct": lambda x: F.interpolate(x, 32)}, r"gave \(8, 1, 32, 32\)"),
         ({"reconstruct": lambda x: x.expand(8, 3, 16, 16)}, r"gave \(8, 3, 16, 16\)"),
         ({"reconstruct": lambda x: x / 0}, "8 of 8 reconstructions in a batch hold NaN"),
-        ({"reconstruct": lambda x: 127.5 * (x + 1)}, r"reconstructions span .*; give floats in \[-1, 1\]"),
+        ({"reconstruct": lambda x: 127.5 * (x + 1)}, r"reconstructions span values from .*; \[-1, 1\] is needed"),
     ],
 )
 def test_report_names_what_does_not_fit(classifier: Classifier, change: dict[str, object], message: str) -> None:

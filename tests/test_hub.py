@@ -25,8 +25,9 @@ import torch
 from fake_hub import HTML, FakeHub, Fault
 from test_modelfolder import assert_same, tiny_model
 
-from bigbigan import hub, presets
+from bigbigan import Encoder, hub, presets
 from bigbigan.modelfolder import load_folder, save_folder
+from bigbigan.schema import ConfigError
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 12345\n"
 CONTEXT = multiprocessing.get_context("forkserver" if hasattr(os, "fork") else "spawn")
@@ -484,3 +485,37 @@ def test_presets_name_no_repository_without_its_commit_and_digests() -> None:
         if preset.hub is not None:
             assert hub.COMMIT.fullmatch(preset.hub.revision)
             assert set(preset.hub.sha256) <= set(preset.config.parts)
+
+
+def test_a_model_folder_wins_over_every_name(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """`export run -o bigbigan-fashion-mnist-32`, then the same name in load, parts, and all commands."""
+    monkeypatch.chdir(tmp_path)
+    caplog.set_level("INFO", "bigbigan")
+    for name in ("bigbigan-fashion-mnist-32", "bigbigan-resnet50", "bigan-mnist-mlp"):
+        (tmp_path / name).symlink_to(saved)
+        caplog.clear()
+        assert hub.resolve(name) == Path(name)
+        assert caplog.messages == [f"{name}: the folder of that name here, not the model that `bigbigan list` shows"]
+        assert hub.load(name).config == hub.load(saved).config
+        assert Encoder.from_pretrained(name).config == hub.load(saved).config.encoder
+    with pytest.raises(ValueError, match="the folder bigbigan-fashion-mnist-32 has no revisions"):
+        hub.load("bigbigan-fashion-mnist-32", revision="main")
+
+
+def test_a_folder_without_a_model_hides_no_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bigbigan-fashion-mnist-32").mkdir()
+    assert hub.load("bigbigan-fashion-mnist-32").info.name == "bigbigan-fashion-mnist-32"
+    assert "the folder of that name here holds no model, so the named model is meant" in caplog.text
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(ConfigError, match="mine is no model folder"):
+        hub.load("mine")
+
+
+def test_a_revision_is_named_behind_the_at() -> None:
+    with pytest.raises(ValueError, match="org/name@ names no revision behind the @; give a branch"):
+        hub.load("org/name@")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import struct
 import subprocess
 import sys
 import warnings
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,9 @@ import torch
 from pictures import ORIENTATION, config, noise, over, pixels, values
 from PIL import Image
 
-from bigbigan.images import BadImageError, preprocess, read_image
+from bigbigan import create_model
+from bigbigan.evaluation import Classifier, reconstruction_report
+from bigbigan.images import BadImageError, _warn_of_unit_range, preprocess, read_image
 
 
 @pytest.mark.parametrize(
@@ -232,6 +236,44 @@ def test_options_are_checked() -> None:
         preprocess(picture, config(6), 1, crop="centre")
     with pytest.raises(ValueError, match="1 or 3 channels, this model 4"):
         preprocess(picture, config(6), 4)
+
+
+@pytest.fixture
+def first_time() -> Iterator[None]:
+    """As in a new process."""
+    _warn_of_unit_range.cache_clear()
+    yield
+    _warn_of_unit_range.cache_clear()
+
+
+def test_a_batch_in_zero_to_one_is_told_once(first_time: None) -> None:
+    """torchvision's habit: half of the range, and features of another picture."""
+    model = create_model("bigbigan-tiny")
+    x = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    score = functools.partial(model.discriminate, z=torch.zeros(2, model.config.z_dim))
+    for call in (model.encode, score, model.reconstruct, model.preprocess):
+        _warn_of_unit_range.cache_clear()
+        with pytest.warns(UserWarning, match=r"lie in \[0, 1\], and they are taken as \[-1, 1\].*give 2 \* x - 1"):
+            call(x)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            call(x)  # once
+
+
+def test_what_may_well_be_in_minus_one_to_one_is_not_told(first_time: None) -> None:
+    x = torch.rand(2, 3, 8, 8)
+    dark = x.clone()
+    dark[1, 2, 3, 4] = -0.01
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for batch in (2 * x - 1, dark, torch.zeros_like(x), torch.full_like(x, 0.5), 1.0005 * torch.ones_like(x)):
+            preprocess(batch, config(8), 3)
+
+
+def test_reconstructions_in_zero_to_one_are_told(first_time: None) -> None:
+    images = torch.rand(8, 1, 16, 16)
+    with pytest.warns(UserWarning, match="lie in"):
+        reconstruction_report(2 * images - 1, torch.arange(8) % 2, images, None, Classifier(1, 2))
 
 
 # --- large pictures: cut before they are converted, converted in bands ------------------------------------------------

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from bigbigan.evaluation.retrieval import feature_names, labels_of, precision_at, retrieve
+from bigbigan.evaluation.feature_files import feature_names
+from bigbigan.evaluation.retrieval import labels_of, precision_at, retrieve
 
 ROWS = torch.tensor([[0.0], [1.0], [3.0], [3.0], [3.0], [10.0]])
 
@@ -56,7 +57,9 @@ def test_names_and_what_they_say_of_classes(tmp_path: Path) -> None:
     assert labels_of(["cat/1.png", "ant/2.png", "cat/old/3.png"]).tolist() == [1, 0, 1]
     assert labels_of(["cat/1.png", "2.png"]).tolist() == [-1, -1]
     np.savez(tmp_path / "a.npz", avepool_feat=np.zeros((2, 3)))
+    assert feature_names(tmp_path / "a.npz") is None
+    np.savez(tmp_path / "a.npz", avepool_feat=np.zeros((2, 3)), paths=["x/1.png", "2.png"])
+    assert feature_names(tmp_path / "a.npz") == ["x/1.png", "2.png"]
+    (tmp_path / "a.npz").write_bytes(b"PK")
     with pytest.raises(ValueError, match="a.npz does not name its rows"):
         feature_names(tmp_path / "a.npz")
-    with pytest.raises(ValueError, match=r"give .npz, .safetensors or .parquet"):
-        feature_names(tmp_path / "a.csv")

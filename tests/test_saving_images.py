@@ -14,8 +14,9 @@ import torch
 from pictures import ORIENTATION, PHOTO, config, encoded, noise, values
 from PIL import Image, PngImagePlugin
 
+from bigbigan.cli import main
 from bigbigan.grids import make_grid
-from bigbigan.images import list_images, preprocess, read_image, save_image, to_pil, to_uint8
+from bigbigan.images import FORMATS, list_images, preprocess, read_image, save_image, to_pil, to_uint8
 
 
 def test_to_uint8_inverts_preprocess_and_rounds() -> None:
@@ -150,7 +151,12 @@ def test_list_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "dangling.png").symlink_to(tmp_path / "absent.png")
     (tmp_path / "a" / "loop").symlink_to(tmp_path, target_is_directory=True)
     (tmp_path / "c" / "self").symlink_to(tmp_path / "c", target_is_directory=True)
-    found = list_images(tmp_path)
+    with pytest.warns(UserWarning) as told:
+        found = list_images(tmp_path)
+    assert [str(warning.message) for warning in told] == [
+        f"{tmp_path}: 3 files with other endings were left out (.csv, .txt, none); "
+        "2 left out that lead to no regular file (dangling.png, pipe.png)"
+    ]
     assert [path.relative_to(tmp_path).as_posix() for path in found] == sorted(wanted)
     monkeypatch.chdir(tmp_path)
     assert [path.as_posix() for path in list_images(".")] == sorted(wanted)
@@ -166,9 +172,36 @@ def test_list_images_follows_links_once(tmp_path: Path) -> None:
     assert list_images(tmp_path / "set") == [tmp_path / "set" / "cat" / "x.png", tmp_path / "set" / "y.png"]
 
 
+def test_other_names_of_the_same_formats_are_read(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    """Every ending that Pillow has for a format that is read; none is dropped."""
+    Image.init()
+    known = [ending for ending, name in Image.registered_extensions().items() if name in FORMATS]
+    for name in (*known, ".JFIF", ".mpo"):
+        PHOTO.save(tmp_path / f"x{name}", {".mpo": "MPO", ".JFIF": "JPEG"}.get(name))
+    found = list_images(tmp_path)
+    assert len(found) == len(known) + 2 and not recwarn
+    for path in found:
+        assert read_image(path).size == PHOTO.size
+    (tmp_path / "y.heic").touch()
+    with pytest.warns(UserWarning, match=r"1 file with another ending was left out \(.heic\)"):
+        list_images(tmp_path)
+    for number in range(9):
+        (tmp_path / f"y.{number}").touch()
+    with pytest.warns(UserWarning, match=r"10 files with other endings were left out \(.*, …\)"):
+        list_images(tmp_path)
+
+
+def test_the_command_says_what_it_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("a.png", "b.jfif", "c.heic"):
+        PHOTO.save(tmp_path / name, "PNG")
+    assert main(["encode", str(tmp_path), "-o", str(tmp_path / "x.npz"), "--outputs", "z_mean"]) == 0
+    err = capsys.readouterr().err
+    assert err.count("1 file with another ending was left out (.heic)") == 1 and "2 of 2 images" in err
+
+
 def test_list_images_refuses(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").touch()
-    with pytest.raises(ValueError, match="no pictures in it"):
+    with pytest.raises(ValueError, match=r"no pictures in it.*1 file with another ending was left out \(.txt\)"):
         list_images(tmp_path)
     for path in (tmp_path / "absent", tmp_path / "notes.txt"):
         with pytest.raises(ValueError, match="no such folder"):

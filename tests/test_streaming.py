@@ -275,13 +275,14 @@ def test_errors_of_names(nested: Path, monkeypatch):
             f"hf:{nested}?colum=x",
             "no option 'colum=x', or has it twice; options are column, label, max_bad_fraction, block",
         ),
-        (f"hf:{nested}", "no column image; its columns are views, text, label: name it with .column="),
+        (f"hf:{nested}", r"no column image; its columns are views, text, label: name .*\?column=views.front$"),
         (f"hf:{nested}?column=views.back", "no column views.back"),
         (f"hf:{nested}?streaming", "no option 'streaming'"),
         (f"hf:{nested}?column=views.front&streaming=1&block=many", "block is 'many'; give a number of images"),
         (f"hf:{nested}?column=text", "images as string"),
         (f"hf:{nested}?column=text.a", "no column text.a"),
-        (f"hf:{nested}?column=views.front&label=text", "labels as string"),
+        (f"hf:{nested}?column=views.front&label=views", r"labels as struct.*&label=$"),
+        (f"hf:{nested}?column=views.front&label=text&streaming=1", "a stream cannot number texts"),
         (f"hf:parquet?data_files={nested}/absent.parquet", "cannot be opened"),
     ):
         with pytest.raises(ValueError, match=message):

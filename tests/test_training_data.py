@@ -100,7 +100,7 @@ def test_parquet_errors_say_what_was_looked_for(tmp_path: Path, monkeypatch):
     path = write_parquet(tmp_path / "x.parquet", [png(0)], [0])
     with pytest.raises(ValueError, match="no column img; its columns are image, label"):
         open_dataset(path, column="img")
-    with pytest.raises(ValueError, match=r"no column klass.*as in .*x\.parquet\?column=img&label="):
+    with pytest.raises(ValueError, match=r"no column klass.*as in .*x\.parquet\?label=$"):
         open_dataset(path, label_column="klass")
     assert open_dataset(path, label_column=None).labels.tolist() == [-1]
     with pytest.raises(ValueError, match="images as int64"):

@@ -6,7 +6,6 @@ import argparse
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bigbigan.commands.options import choose_device, names, positive
@@ -32,7 +31,8 @@ SPEC of --compare, each a row (or several) of the same table:
                        layer, and its own accuracy
   timm:NAME            a pretrained encoder of timm
   hf:ORG/NAME[@REV]    one of transformers: pooled output; with :cls the first token, with :mean that of all
-  file:TRAIN,TEST      features in .npz, .npy, .safetensors or .parquet, a row an image, in their order
+  file:TRAIN,TEST      features in .npz, .npy, .safetensors or .parquet, one row per image: matched by name
+                       where the file names its rows, as `encode` does, else in the order of the images
   NAME                 another model of this package: a name, a model folder, or org/name[@REV]
 Each encoder gets the images under its own preprocessing.
 """
@@ -159,16 +159,27 @@ class Splits:
 
 
 def align_classes(dataset: ImageDataset, other: ImageDataset) -> None:
-    """Numbers the classes of image folders, of which each split counts its own, as `other` does, others behind."""
-    if dataset.class_names == other.class_names or not isinstance(dataset.sources[0], Path):
+    """Numbers the classes as `other` does, by their names, and others behind; numbers without names stay.
+
+    Raises:
+        ValueError: one split has names of its own and the other numbers, and no name is a number.
+    """
+    kinds = {dataset.naming, other.naming}
+    if dataset.class_names == other.class_names or ("numbers" in kinds and "own" not in kinds):
         return
     import torch
 
-    names = (*other.class_names, *(name for name in dataset.class_names if name not in other.class_names))
+    if "numbers" in kinds and not set(dataset.class_names) & set(other.class_names):
+        raise ValueError(
+            f"classes are {', '.join(other.class_names[:3])} in one split and {', '.join(dataset.class_names[:3])} in "
+            "the other: give both splits the same kind of labels"
+        )
+    known = set(other.class_names)
+    names = (*other.class_names, *(name for name in dataset.class_names if name not in known))
+    place = {name: number for number, name in enumerate(names)}
     labelled = dataset.labels >= 0
-    dataset.labels[labelled] = torch.tensor([names.index(name) for name in dataset.class_names])[
-        dataset.labels[labelled]
-    ]
+    numbers = torch.tensor([place[name] for name in dataset.class_names], dtype=torch.int64)
+    dataset.labels[labelled] = numbers[dataset.labels[labelled]]
     dataset.class_names = names
 
 
@@ -294,13 +305,18 @@ def _open(
 
 
 def _files(rest: str, arguments: argparse.Namespace, splits: Splits) -> Measured:
-    from bigbigan.evaluation.feature_files import file_digest, read_features
+    from bigbigan.commands.pairing import row_order
+    from bigbigan.evaluation.feature_files import feature_names, file_digest, read_features
+    from bigbigan.evaluation.rows import select
 
     paths = rest.split(",")
-    train, test = (
-        read_features(paths[i], rows=len(part), prefer=arguments.features)
-        for i, part in enumerate((splits.train, splits.test))
-    )
+
+    def read(path: str, part: ImageDataset) -> dict[str, Rows]:
+        features = read_features(path, rows=len(part), prefer=arguments.features)
+        order = row_order(part, feature_names(path), path)
+        return features if order is None else {name: select(rows, order) for name, rows in features.items()}
+
+    train, test = (read(path, part) for path, part in zip(paths, (splits.train, splits.test), strict=True))
     wanted = [name for name in arguments.features if name in train] or list(train)
     for name in wanted:
         if name not in test or test[name].shape[1] != train[name].shape[1]:

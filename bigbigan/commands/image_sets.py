@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from bigbigan.config import PreprocessConfig
     from bigbigan.model import BigBiGAN
     from bigbigan.training.sources import ImageDataset
+
+logger = logging.getLogger(__name__)
 
 BATCH = 64
 ARRAYS = (".npz", ".npy")
@@ -100,11 +103,13 @@ def given_images(path: str, number: int | None = None, seed: int = 0) -> ImageSe
     """
     import torch
 
+    from bigbigan.arrays import seeded
+
     read = _array(Path(path)) if Path(path).suffix.lower() in ARRAYS else _files(path)
     if number is not None and number > read.count:
         raise ValueError(f"{path} holds {read.count} images, and {number} are asked for; lower --number")
     count = read.count if number is None else number
-    order = torch.randperm(read.count, generator=torch.Generator().manual_seed(seed))[:count].sort().values.tolist()
+    order = torch.randperm(read.count, generator=seeded(seed))[:count].sort().values.tolist()
 
     def batches() -> Iterator[Tensor]:
         for start in range(0, count, BATCH):
@@ -132,10 +137,11 @@ def _array(path: Path) -> _Stored:
     try:
         content = np.load(path, mmap_mode="r", allow_pickle=False)
         if path.suffix.lower() == ".npz":
-            names = [name for name in ("arr_0", "images", "samples") if name in content.files]
-            if len(content.files) != 1 and not names:
+            files = [name for name in content.files if name != "paths"]  # the names of the rows
+            names = [name for name in ("arr_0", "images", "samples") if name in files]
+            if len(files) != 1 and not names:
                 raise ValueError(f"it holds {', '.join(content.files)}; call the images arr_0")
-            content = content[(names or content.files)[0]]
+            content = content[(names or files)[0]]
     except (ValueError, OSError, EOFError) as error:
         raise ValueError(f"{path} is no readable array of images: {error}") from error
     shape = content.shape if content.ndim == 4 else (*content.shape, 1)
@@ -155,11 +161,13 @@ def _files(path: str) -> _Stored:
 
     from bigbigan.config import PreprocessConfig
     from bigbigan.images import FORMATS, list_images, read_image
-    from bigbigan.training.sources import open_dataset, open_folder
+    from bigbigan.training.folders import open_folder
+    from bigbigan.training.sources import described, holds_rows, open_dataset
 
     folder = Path(path)
-    if folder.is_dir() and not any(folder.glob("*.parquet")):  # whole: "train" is a class like any other here
+    if folder.is_dir() and not holds_rows(folder):  # whole: "train" is a class like any other here
         dataset = open_folder(folder, list_images(folder), 0)
+        logger.info("%s", described(dataset, path, "samples"))
     else:
         dataset = open_dataset(path, label_column=None, max_bad_fraction=0)
 
@@ -186,19 +194,6 @@ def _files(path: str) -> _Stored:
         return images.permute(0, 2, 3, 1).numpy()
 
     return _Stored(len(dataset), channels, side, dataset.digest, at)
-
-
-def row_names(data: str, split: str, dataset: ImageDataset) -> list[str]:
-    """What each image of a split is called without its suffix: its path in the split's folder, or 000000, 000001, …"""
-    from bigbigan.training.sources import split_options
-
-    if data.startswith("hf:") or not isinstance(dataset.sources[0], Path):
-        return [f"{index:06d}" for index in range(len(dataset))]
-    data, _ = split_options(data)
-    folder = Path(data) / split.partition("[")[0]
-    root = folder if folder.is_dir() else Path(data)
-    paths = (Path(dataset.name(index)) for index in range(len(dataset)))
-    return [path.relative_to(root).with_suffix("").as_posix() for path in paths]
 
 
 def named_images(folder: Path, names: list[str]) -> Tensor:

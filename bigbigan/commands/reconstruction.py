@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from bigbigan.commands.comparison import Splits
-from bigbigan.commands.image_sets import ARRAYS, given_images, named_images, pooled, row_names
+from bigbigan.commands.image_sets import ARRAYS, given_images, named_images, pooled
 from bigbigan.commands.options import (
     Commands,
     add_command,
@@ -41,8 +41,9 @@ def add_reconstruction(protocols: Commands) -> None:
         "sees larger images than the reconstructions, both are enlarged for it.\n\n"
         "Reconstructions are the model's (from z_mean), or any other's: --reconstructions names a folder with a\n"
         "picture for each test image, at the same path apart from the suffix (000000.png, 000001.png, … where the\n"
-        "test split is Parquet), or uint8 [N, S, S, C] in .npz or .npy, in the order of the test split. Test images\n"
-        "are then read as --model reads them, or without it as the largest centre square at that size.\n" + DATA,
+        "test split is Parquet), or uint8 [N, S, S, C] in .npz or .npy, in the order of the test split (a .npz with\n"
+        "`paths` is matched by these names). Test images are then read as --model reads them, or without it as the\n"
+        "largest centre square, scaled to that size.\n" + DATA,
         "Example: bigbigan evaluate reconstruction --data data/fashion_mnist --grid pairs.png\n"
         "         bigbigan evaluate reconstruction --data data/photos --reconstructions vq/ --json vq.json\n" + ENDING,
     )
@@ -135,16 +136,20 @@ def _given(arguments: argparse.Namespace, test: ImageDataset) -> _Reconstructor:
 
     import torch
 
+    from bigbigan.commands.pairing import row_names, row_order
     from bigbigan.config import PreprocessConfig
+    from bigbigan.evaluation.feature_files import feature_names
 
     path = Path(arguments.reconstructions)
     model = open_model(arguments, ("encoder",)) if arguments.model else None
     if path.suffix.lower() in ARRAYS:
         again = torch.cat(list(given_images(str(path)).batches()))
     else:
-        again = named_images(path, row_names(arguments.data, arguments.test_split, test))
+        again = named_images(path, [PurePosixPath(name).with_suffix("").as_posix() for name in row_names(test)])
     if len(again) != len(test):
         raise ValueError(f"{path} holds {len(again)} reconstructions of {len(test)} images; give one of each, in order")
+    if path.suffix.lower() == ".npz" and (order := row_order(test, feature_names(path), str(path))) is not None:
+        again = again[order]
     channels, side = again.shape[1], again.shape[2]
     digest = hashlib.sha256(repr(again.shape).encode() + again.contiguous().numpy().data).hexdigest()
     labels = {"reconstructor": path.name, "reconstructions_digest": digest}

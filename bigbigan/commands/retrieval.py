@@ -42,8 +42,9 @@ def add_retrieval(protocols: Commands) -> None:
         "out of its own neighbours. The picture has a row a query: the query, then its neighbours, nearest first. The\n"
         f"record names the neighbours of the first {LISTED} queries.\n\n"
         "Features come from --model, or of the split from a file that `bigbigan encode` wrote (--features): then\n"
-        "--data is the folder that was encoded, and the class of an image is its first folder. They may be any\n"
-        "encoder's, unless there are QUERY files, which --model encodes.\n" + DATA,
+        "--data is the folder that was encoded, and the class of an image is its first folder; or it is the Parquet\n"
+        "set that was encoded. They may be any encoder's, unless there are QUERY files, which --model encodes.\n"
+        + DATA,
         "Example: bigbigan evaluate retrieval cat.jpg dog.jpg --data photos/ -o neighbours.png\n"
         "         bigbigan evaluate retrieval --data data/fashion_mnist --query-split test --k 1 10\n" + ENDING,
     )
@@ -180,9 +181,12 @@ def _split(
 
 
 def _stored(arguments: argparse.Namespace, model: BigBiGAN) -> _Images:
-    """The rows of a feature file; the pictures lie in --data under their names."""
-    from bigbigan.evaluation.feature_files import file_digest, read_features
-    from bigbigan.evaluation.retrieval import feature_names, labels_of
+    """The rows of a feature file; the pictures lie in --data under their names, or are the rows of a Parquet set."""
+    from bigbigan.commands.pairing import row_order
+    from bigbigan.evaluation.feature_files import feature_names, file_digest, read_features
+    from bigbigan.evaluation.retrieval import labels_of
+    from bigbigan.evaluation.rows import select
+    from bigbigan.training.sources import holds_rows, open_dataset
 
     path, root = Path(arguments.features), Path(arguments.data)
     features = read_features(path, prefer=[arguments.feature])
@@ -190,8 +194,26 @@ def _stored(arguments: argparse.Namespace, model: BigBiGAN) -> _Images:
     if arguments.feature not in features:
         raise ValueError(f"{path} has no {arguments.feature}; it has {', '.join(features)}")
     rows = features[arguments.feature]
-    if len(rows) != len(names):
+    if names is not None and len(rows) != len(names):
         raise ValueError(f"{path} has {len(rows)} rows of {arguments.feature} and {len(names)} names; write it again")
+    if holds_rows(arguments.data):
+        dataset = open_dataset(arguments.data, split=arguments.split)
+        if len(rows) != len(dataset):
+            raise ValueError(f"{path} has {len(rows)} rows for {len(dataset)} images of {arguments.split}; "
+                             "encode that split")  # fmt: skip
+        order = row_order(dataset, names, str(path))
+        facts = {"digest": file_digest(path), "images": len(rows), "features": path.name}
+        config, channels = model.config.preprocess, model.config.image_channels
+        return _Images(
+            rows if order is None else select(rows, order),
+            dataset.labels,
+            dataset.name,
+            lambda indices: dataset.decode(indices, config, channels),
+            facts,
+            dataset,
+        )
+    if names is None:
+        raise ValueError(f"{path} does not name its rows; `bigbigan encode` writes files that do")
     return _Images(
         rows,
         labels_of(names),

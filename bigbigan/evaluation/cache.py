@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from bigbigan.arrays import as_tensor
 from bigbigan.evaluation.representations import Representation
 from bigbigan.evaluation.rows import Rows, StoredRows
 from bigbigan.files import atomic_write, sync
@@ -60,6 +61,7 @@ class TensorImages:
     batch_size: int = 256
 
     def __post_init__(self) -> None:
+        self.images = as_tensor(self.images, "images")
         if self.images.dtype != torch.uint8 or self.images.ndim != 4 or not len(self.images):
             raise ValueError(f"images are {self.images.dtype} {list(self.images.shape)}; expected uint8 [N, C, S, S]")
         if not self.digest:

@@ -72,15 +72,15 @@ def find_images(inputs: Sequence[str | os.PathLike[str]]) -> dict[str, Path]:
     for given in map(Path, inputs):
         if given.is_dir():
             root = given if len(inputs) == 1 else Path()
-            found |= {_text(path.relative_to(root)): path for path in list_images(given)}
+            found |= {name_text(path.relative_to(root)): path for path in list_images(given)}
         elif given.exists():
-            found[_text(given)] = given
+            found[name_text(given)] = given
         else:
             raise ValueError(f"{given}: no such file or folder")
     return dict(sorted(found.items()))
 
 
-def _text(path: Path) -> str:
+def name_text(path: Path) -> str:
     """With bytes that are no UTF-8 spelled out, since no output format could hold them."""
     return os.fsencode(path.as_posix()).decode("utf-8", "backslashreplace")
 

@@ -149,6 +149,34 @@ def read_features(path: str | Path, *, rows: int | None = None, prefer: Sequence
     return features
 
 
+def feature_names(path: str | Path) -> list[str] | None:
+    """The names of a feature file's rows, as `encode` writes them (`paths`, or a Parquet column `path`); None without.
+
+    Raises:
+        ValueError: the file cannot be read.
+    """
+    path = Path(path)
+    suffix, found = path.suffix.lower(), None
+    try:
+        if suffix == ".npz":
+            with np.load(path, allow_pickle=False) as archive:
+                found = archive["paths"].tolist() if "paths" in archive.files else None
+        elif suffix == ".safetensors":
+            with safe_open(path, framework="np") as file:
+                metadata = file.metadata() or {}
+            found = json.loads(metadata["paths"]) if "paths" in metadata else None
+        elif suffix == ".parquet":
+            from pyarrow import parquet
+
+            if "path" in parquet.read_schema(path).names:
+                found = parquet.read_table(path, columns=["path"])["path"].to_pylist()
+    except (OSError, ValueError, zipfile.BadZipFile, SafetensorError) as error:  # Arrow's errors are these, too
+        raise ValueError(f"{path} does not name its rows: {error}") from error
+    if found is not None and not all(isinstance(name, str) for name in found):
+        raise ValueError(f"{path} has paths that are no text; `bigbigan encode` writes one name a row")
+    return found
+
+
 def _chosen(names: Sequence[str], prefer: Sequence[str]) -> list[str]:
     return [name for name in names if name in prefer] or list(names)
 

@@ -11,6 +11,7 @@ from dataclasses import fields
 import torch
 from torch import Tensor, nn
 
+from bigbigan.arrays import as_seed
 from bigbigan.config import EncoderConfig, MLPEncoderConfig
 from bigbigan.encoder import EncoderOutput
 from bigbigan.model import BigBiGAN
@@ -50,7 +51,7 @@ class BatchEncoder:
             raise ValueError(f"no outputs named; an encoder gives {', '.join(widths)}")
         self.network, self.widths = model.encoder, {name: widths[name] for name in outputs}
         self.batch_size, self.device = batch_size, model.device
-        self._model, self._seed = model, seed
+        self._model, self._seed = model, as_seed(seed)
 
     def __call__(self, x: Tensor, start: int) -> dict[str, Tensor]:
         """Outputs of x [N, C, S, S] in [-1, 1], whose first row counts as `start` for the noise."""

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from bigbigan.arrays import as_seed, as_tensor, seeded
 from bigbigan.evaluation.feature_networks import INCEPTION, MISMATCH, FeatureNetwork
 from bigbigan.files import atomic_write
 
@@ -149,7 +150,7 @@ def collect_features(
     if count < 2:
         raise ValueError(f"{count} image has no covariance; give at least 2")
     kept = torch.zeros(count, dtype=torch.bool)
-    kept[torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:keep]] = True
+    kept[torch.randperm(count, generator=seeded(seed))[:keep]] = True
     rows: list[Tensor] = []
     classes: list[Tensor] = []
     done, total, products = 0, torch.zeros(0), torch.zeros(0)
@@ -227,6 +228,7 @@ def kernel_distance(
         ValueError: fewer rows than `subset_size`.
         ImportError: no torchmetrics.
     """
+    samples, reference = as_tensor(samples, "samples"), as_tensor(reference, "reference")
     if not 2 <= subset_size <= min(len(samples), len(reference)) or subsets < 1:
         raise ValueError(
             f"{subsets} subsets of {subset_size} cannot be drawn from {len(samples)} samples and "
@@ -248,6 +250,7 @@ def classifier_score(logits: Tensor, *, splits: int = 10, seed: int = 0) -> tupl
         ValueError: the logits do not split into so many parts of nearly one size.
         ImportError: no torchmetrics.
     """
+    logits = as_tensor(logits, "logits")
     check_splits(len(logits), splits)
     metric = _metric("inception", "InceptionScore", logits.shape[1], splits=splits)
     metric.update(logits.double())
@@ -301,5 +304,5 @@ def _seeded(seed: int) -> Iterator[None]:
     """torchmetrics draws from torch's own generator, which stays as it was; it also warns of unusual calls."""
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        torch.default_generator.manual_seed(seed)
+        torch.default_generator.manual_seed(as_seed(seed))
         yield

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from bigbigan.arrays import as_tensor
 from bigbigan.evaluation.rows import Rows, as_rows, chunks, column_mean
 
 METRICS = ("l2", "cosine")
@@ -51,7 +52,7 @@ def knn_accuracy(
         ValueError: shapes, labels, values, k or metric do not fit.
     """
     train_x, test_x = as_rows(train_x), as_rows(test_x)
-    train_y, test_y = torch.as_tensor(train_y), torch.as_tensor(test_y)
+    train_y, test_y = as_tensor(train_y, "training labels"), as_tensor(test_y, "test labels")
     if not ks or min(ks) < 1 or max(ks) > len(train_x):
         raise ValueError(f"k is {list(ks)}; give one or more from 1 to the {len(train_x)} training rows")
     for name, x, y in (("training", train_x, train_y), ("test", test_x, test_y)):
@@ -85,6 +86,7 @@ def nearest(
     Raises:
         ValueError: shapes or metric do not fit, values are not finite, or a row of zeros has no angle.
     """
+    rows, queries = as_rows(rows, "rows"), as_rows(queries, "queries")
     if metric not in METRICS:
         raise ValueError(f"metric is {metric!r}; choose {' or '.join(METRICS)}")
     if len(rows.shape) != 2 or len(queries.shape) != 2 or rows.shape[1] != queries.shape[1] or not 1 <= k <= len(rows):

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from bigbigan.arrays import as_tensor, seeded
 from bigbigan.evaluation.rows import Rows, as_rows, column_mean
 
 logger = logging.getLogger(__name__)
@@ -62,7 +63,7 @@ def linear_probe(
         ValueError: for shapes, dtypes, labels, non-finite features, L2 strengths or a `holdout` that do not fit.
     """
     train_x, test_x = as_rows(train_x), as_rows(test_x)
-    train_y, test_y = torch.as_tensor(train_y), torch.as_tensor(test_y)
+    train_y, test_y = as_tensor(train_y, "train_y"), as_tensor(test_y, "test_y")
     if len(train_x.shape) == 2:
         check_width(*train_x.shape)
     train_x, test_x = _features(train_x, "train_x"), _features(test_x, "test_x")
@@ -84,7 +85,7 @@ def linear_probe(
     best, start, scores = grid[0], None, {}
     with tqdm(total=len(grid) + 1, desc="linear probe", unit="fit", disable=None if progress else True) as bar:
         if len(grid) > 1:
-            order = torch.randperm(len(train_x), generator=torch.Generator().manual_seed(seed)).to(train_x.device)
+            order = torch.randperm(len(train_x), generator=seeded(seed)).to(train_x.device)
             fit, held = order[:-holdout], order[-holdout:]
             x, held_x = _reduced(*_standardize(train_x[fit], train_x[held], scale=standardize))
             solutions = {}
@@ -299,7 +300,8 @@ def labelled_subset(labels: Tensor, fraction: float, *, seed: int = 0) -> Tensor
     """
     if not 0 < fraction <= 1:
         raise ValueError(f"a share of labels is {fraction}; give numbers above 0, at most 1 (0.01 for one percent)")
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    labels = as_tensor(labels, "labels")
+    order = torch.randperm(len(labels), generator=seeded(seed))
     shuffled = labels.cpu()[order]
     chosen = []
     for label in labels.unique().tolist():

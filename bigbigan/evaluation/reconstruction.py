@@ -11,6 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from bigbigan.arrays import as_seed, as_tensor, seeded
+from bigbigan.images import check_range
+
 TOTALS = ("accuracy", "agreement", "l1", "mean_image", "mean_color", "mse", "pair_l1", "l2", "pair_l2", "distance",
           "pair_distance")  # fmt: skip
 
@@ -83,14 +86,15 @@ def train_classifier(
     Raises:
         ValueError: for shapes, dtypes or labels that do not fit.
     """
+    images, labels = as_tensor(images, "images"), as_tensor(labels, "labels")
     _check(images, labels, num_classes)
     if images.dtype != torch.uint8:
         raise ValueError(f"images are {images.dtype}; train on uint8")
     if min(epochs, batch_size) < 1:
         raise ValueError(f"epochs is {epochs} and batch_size {batch_size}; give at least 1 of each")
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     with torch.random.fork_rng(devices=[]):  # layers draw their first weights from torch's own generator
-        torch.default_generator.manual_seed(seed)
+        torch.default_generator.manual_seed(as_seed(seed))
         model = Classifier(images.shape[1], num_classes)
     model.to(images.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.Adam(model.parameters(), lr=lr)
@@ -122,6 +126,7 @@ def classifier_accuracy(model: Classifier, images: Tensor, labels: Tensor, *, ba
     Raises:
         ValueError: for shapes, values or labels that do not fit.
     """
+    images, labels = as_tensor(images, "images"), as_tensor(labels, "labels")
     _check(images, labels, model.num_classes)
     model.eval()
     device = next(model.parameters()).device
@@ -160,6 +165,9 @@ def reconstruction_report(
     Raises:
         ValueError: for shapes, values or labels that do not fit, and for reconstructions that are not finite.
     """
+    images, labels = as_tensor(images, "images"), as_tensor(labels, "labels")
+    if not callable(reconstruct):
+        reconstruct = as_tensor(reconstruct, "reconstructions")
     _check(images, labels, classifier.num_classes)
     if min(len(images), batch_size) < 2:
         raise ValueError(f"{len(images)} images in batches of {batch_size}: random pairs need at least 2 of each")
@@ -169,8 +177,8 @@ def reconstruction_report(
     device = next(classifier.parameters()).device
     totals = dict.fromkeys(TOTALS, 0.0)
     kept = torch.zeros(classifier.num_classes, dtype=torch.long)
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
-    mean = mean_image(images).to(device)
+    order = torch.randperm(len(images), generator=seeded(seed))
+    mean = mean_image(images).to(device)[None]  # [1, C, S, S]
     for index in tqdm(order.split(batch_size), desc="reconstruction", disable=None if progress else True):
         x, y = _to_float(images[index].to(device)), labels[index].to(device)
         again = _to_float(reconstruct[index].to(device)) if isinstance(reconstruct, Tensor) else reconstruct(x).float()
@@ -180,7 +188,7 @@ def reconstruction_report(
         totals["accuracy"] += int((label == y).sum())
         totals["agreement"] += int((new_label == label).sum())
         totals["l1"] += _sum_of_means((again - x).abs())
-        totals["mean_image"] += _sum_of_means((_pool_like(again[:1], mean[None].clamp(-1, 1)) - x).abs())
+        totals["mean_image"] += _sum_of_means((F.adaptive_avg_pool2d(mean, x.shape[-1]) - x).abs())
         totals["mean_color"] += _sum_of_means((x.mean((2, 3), keepdim=True) - x).abs())
         totals["mse"] += _sum_of_means((again - x).square())
         totals["pair_l1"] += _sum_of_means((x.roll(1, 0) - x).abs())
@@ -242,9 +250,7 @@ def _to_float(images: Tensor) -> Tensor:
 
 
 def _check_range(images: Tensor, name: str) -> None:
-    low, high = (value.item() for value in images.aminmax())
-    if not -1.001 <= low <= high <= 1.001:  # false for NaN, too
-        raise ValueError(f"{name} span {low:g} to {high:g}; give floats in [-1, 1]")
+    check_range(images, f"{name} span values")
 
 
 def _check(images: Tensor, labels: Tensor, num_classes: int) -> None:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from pathlib import Path
 
-import numpy as np
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
+from bigbigan.arrays import as_tensor
 from bigbigan.evaluation.knn import nearest
-from bigbigan.evaluation.rows import Rows
+from bigbigan.evaluation.rows import Rows, as_rows
 
 
 def retrieve(
@@ -34,6 +31,8 @@ def retrieve(
     Raises:
         ValueError: as `nearest`, or more neighbours than rows.
     """
+    rows, queries = as_rows(rows, "rows"), as_rows(queries, "queries")
+    own = None if own is None else as_tensor(own, "own")
     if own is None or not (own >= 0).any():
         return nearest(rows, queries, k, metric=metric, device=device, progress=progress)
     if not 1 <= k < len(rows):
@@ -55,35 +54,14 @@ def precision_at(indices: Tensor, labels: Tensor, query_labels: Tensor, ks: Sequ
     Raises:
         ValueError: k beyond the neighbours, or a negative label.
     """
+    indices, labels = as_tensor(indices, "indices"), as_tensor(labels, "labels")
+    query_labels = as_tensor(query_labels, "query_labels")
     if not ks or min(ks) < 1 or max(ks) > indices.shape[1]:
         raise ValueError(f"k is {list(ks)}; give one or more from 1 to {indices.shape[1]}, the neighbours found")
     if int(labels.min()) < 0 or int(query_labels.min()) < 0:
         raise ValueError("some images have no label")
     same = (labels.cpu()[indices] == query_labels.cpu()[:, None]).double()
     return {k: same[:, :k].mean().item() for k in ks}
-
-
-def feature_names(path: Path) -> list[str]:
-    """The names of a feature file's rows, as `encode` wrote them.
-
-    Raises:
-        ValueError: the file has none.
-    """
-    suffix = path.suffix.lower()
-    try:
-        if suffix == ".npz":
-            with np.load(path, allow_pickle=False) as file:
-                return [str(name) for name in file["paths"]]
-        if suffix == ".safetensors":
-            with safe_open(path, framework="np") as file:
-                return list(json.loads(file.metadata()["paths"]))
-        if suffix == ".parquet":
-            from pyarrow import parquet
-
-            return parquet.read_table(path, columns=["path"])["path"].to_pylist()
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} does not name its rows ({error}); `bigbigan encode` writes files that do") from error
-    raise ValueError(f"{path}: give .npz, .safetensors or .parquet, as `bigbigan encode` writes them")
 
 
 def labels_of(names: Sequence[str]) -> Tensor:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bigbigan.arrays import as_tensor
 from bigbigan.encoder import crelu
 
 CHUNK = 4096  # rows in memory at a time
@@ -70,9 +71,9 @@ class _Selected:
 Rows = Tensor | StoredRows
 
 
-def as_rows(x: Any) -> Rows:
-    """NumPy arrays as tensors, all else as it is."""
-    return torch.from_numpy(x) if isinstance(x, np.ndarray) else x
+def as_rows(x: Any, name: str = "features") -> Rows:
+    """Arrays, lists and frames as tensors (`as_tensor`); stored rows stay what they are."""
+    return x if isinstance(x, StoredRows) else as_tensor(x, name)
 
 
 def select(rows: Rows, index: Tensor) -> Rows:

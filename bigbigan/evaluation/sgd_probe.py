@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from bigbigan.arrays import as_tensor, seeded
 from bigbigan.evaluation.linear_probe import check_holdout, class_indices
 from bigbigan.evaluation.rows import Rows, as_rows, chunks, select
 
@@ -77,7 +78,7 @@ def paper_probe(
     if list(train_x) != list(test_x) or not train_x:
         raise ValueError(f"training has features {list(train_x)}, test {list(test_x)}; give the same, at least one")
     train_x, test_x = ({name: as_rows(x) for name, x in part.items()} for part in (train_x, test_x))
-    train_y, test_y = torch.as_tensor(train_y), torch.as_tensor(test_y)
+    train_y, test_y = as_tensor(train_y, "train_y"), as_tensor(test_y, "test_y")
     for name in train_x:
         if len(train_x[name].shape) != 2 or len(test_x[name].shape) != 2:
             shapes = f"{list(train_x[name].shape)} in training, {list(test_x[name].shape)} in test"
@@ -92,7 +93,7 @@ def paper_probe(
         raise ValueError(f"features have {sizes} rows, labels {len(train_y)} and {len(test_y)}; one label a row")
     classes, train_y, test_y = class_indices(train_y, test_y)
     check_holdout(holdout, len(train_y))
-    order = torch.randperm(len(train_y), generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(len(train_y), generator=seeded(seed))
     fit, held = order[:-holdout].sort().values, order[-holdout:].sort().values
     batches = augmented(fit) if augmented else _shuffled(train_x, train_y, fit, min(batch_size, len(fit)), seed)
     probes = {name: StackedClassifiers(rows.shape[1], len(classes), lrs, ema, device) for name, rows in train_x.items()}
@@ -159,7 +160,7 @@ def _shuffled(
     x: Mapping[str, Rows], y: Tensor, fit: Tensor, batch_size: int, seed: int
 ) -> Iterator[tuple[Mapping[str, Tensor], Tensor]]:
     """Endless batches of the rows `fit`, each epoch in another order; its last rows that fill no batch are left out."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     while True:
         order = fit[torch.randperm(len(fit), generator=generator)]
         for batch in order[: len(fit) // batch_size * batch_size].split(batch_size):

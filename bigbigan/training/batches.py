@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bigbigan.arrays import as_whole
 from bigbigan.config import PreprocessConfig
 from bigbigan.training.augment import NUM_DRAWS, AugmentationConfig, augment, permutation, uniform
 from bigbigan.training.decoding import Decoded, Decoder, Job
@@ -109,13 +110,13 @@ class Batches:
         if not 0 <= rank < world_size:
             raise ValueError(f"rank {rank} is outside 0 to {world_size - 1}")
         self.batch_size = batch_size
-        self._seed, self._augmentation = seed, augmentation or AugmentationConfig()
+        self._seed, self._augmentation = as_whole(seed, "seed"), augmentation or AugmentationConfig()
         if self._augmentation.original and getattr(images, "decoded", images) is not None:
             raise ValueError("crops of the original pictures need Images that are not in memory")
         self._images = images
         self._rank, self._world_size, self._local_size = rank, world_size, batch_size // world_size
         self._num_images = len(images)
-        self._permutation = functools.lru_cache(maxsize=2)(functools.partial(permutation, len(images), seed))
+        self._permutation = functools.lru_cache(maxsize=2)(functools.partial(permutation, len(images), self._seed))
         self._results: Generator[Decoded, None, None] | None = None
         self._next = 0  # where `_results` goes on
 

@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
+from bigbigan.arrays import as_seed
 from bigbigan.config import BigBiGANConfig
 from bigbigan.layers import Initializer
 from bigbigan.schema import ConfigError, check_choices
@@ -66,7 +67,8 @@ class TrainConfig:
             self._require(field, getattr(self, field) >= 1, "must be at least 1")
         for field in ("checkpoint_images", "snapshot_images"):
             self._require(field, getattr(self, field) >= 1, "must be at least 1")
-        for field in ("seed", "rotated_batch_size", "probe_images"):
+        as_seed(self.seed, "TrainConfig.seed")
+        for field in ("rotated_batch_size", "probe_images"):
             self._require(field, getattr(self, field) >= 0, "must not be negative")
         for field in ("lr_g", "lr_d", "encoder_lr_multiplier", "adam_eps", "lr_decay", "probe_l2"):
             self._require(field, 0 < getattr(self, field) < float("inf"), "must be positive and finite")

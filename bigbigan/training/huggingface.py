@@ -11,10 +11,10 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
-import torch
 
 from bigbigan.training.decoding import Source
-from bigbigan.training.parquet import holds_images
+from bigbigan.training.labels import check_label_type, class_labels, is_text, streamed_label
+from bigbigan.training.parquet import holds_images, suggested_options
 from bigbigan.training.sources import OPTIONS, ImageDataset, split_options
 from bigbigan.training.streaming import BLOCK, ImageStream, Row
 
@@ -62,6 +62,8 @@ def open_hugging_face(
     roots = sorted({path[0] for path in (image, label) if path})
     loaded = loaded.select_columns(roots).with_format("arrow")
     if streaming:
+        if label is not None and not classes:
+            _check_streamed(spec, _arrow_type(schema, label))
         known = (loaded.info.splits or {}).get(split)
         return ImageStream(
             functools.partial(_shard, loaded, image, label),
@@ -75,18 +77,21 @@ def open_hugging_face(
     if not len(loaded):
         raise ValueError(f"{spec} holds no rows")
     sources = ArrowRows(loaded, image)
-    labels = torch.full((len(loaded),), -1)
-    if label is not None:
-        labels = torch.tensor(
-            [-1 if row is None else row for row in _values(loaded.select_columns(label[0])[:], label)]
-        )
-    digest = hashlib.sha256(labels.numpy().tobytes())
-    for index in np.linspace(0, len(labels) - 1, min(64, len(labels))).astype(int):
+    values = [None] * len(loaded) if label is None else _values(loaded.select_columns(label[0])[:], label)
+    labels = class_labels(values, classes, spec)
+    digest = hashlib.sha256(labels.numbers.numpy().tobytes())
+    for index in np.linspace(0, len(values) - 1, min(64, len(values))).astype(int):
         source = sources[index]
         digest.update(source if isinstance(source, bytes) else str(source).encode())
-    classes = classes or tuple(map(str, range(int(labels.max()) + 1)))
-    row_name = functools.partial("{} row {}".format, spec)
-    return ImageDataset(sources, labels, classes, digest.hexdigest(), name=row_name, max_bad_fraction=max_bad_fraction)
+    return ImageDataset(
+        sources,
+        labels.numbers,
+        labels.names,
+        digest.hexdigest(),
+        name=functools.partial("{} row {}".format, spec),
+        naming=labels.naming,
+        max_bad_fraction=max_bad_fraction,
+    )
 
 
 def map_parquet(files: list[Path], column: str) -> ArrowRows:
@@ -145,22 +150,30 @@ def _resolve(spec: str, schema: Any, column: str) -> tuple[str, ...]:
     for name in path:
         if not hasattr(kind, "get_field_index") or kind.get_field_index(name) < 0:
             raise ValueError(
-                f"{spec} has no column {column}; its columns are {', '.join(schema.names)}: name it with ?column=, and "
-                "that of labels with label= (empty: none)"
+                f"{spec} has no column {column}; its columns are {', '.join(schema.names)}: name those of images and "
+                f"labels, as in {spec}{'&' if '?' in spec else '?'}{suggested_options(schema, column, 'label')}"
             )
         kind = kind.field(name).type
     return path
 
 
 def _check_types(spec: str, schema: Any, image: tuple[str, ...], label: tuple[str, ...] | None) -> None:
-    from pyarrow import types
-
     kind = _arrow_type(schema, image)
     if not holds_images(kind):
         raise ValueError(f"{spec} has images as {kind}; expected struct{{bytes, path}} or bytes. Name it with column=")
-    if label is not None and not types.is_integer(_arrow_type(schema, label)):
+    if label is not None:
+        check_label_type(_arrow_type(schema, label), spec, f"{spec}{'&' if '?' in spec else '?'}label=")
+
+
+def _check_streamed(spec: str, kind: Any) -> None:
+    """
+    Raises:
+        ValueError: texts, which can be numbered only when all are known.
+    """
+    if is_text(getattr(kind, "value_type", kind)):
         raise ValueError(
-            f"{spec} has labels as {_arrow_type(schema, label)}; expected integers. label= leaves them out"
+            f"{spec} has labels as {kind}, and a stream cannot number texts that it has not seen yet: leave streaming "
+            "out, cast the column to ClassLabel, or leave labels out with label="
         )
 
 
@@ -176,10 +189,13 @@ def _class_names(features: Any, label: tuple[str, ...] | None) -> tuple[str, ...
 
 def _values(table: Any, path: tuple[str, ...]) -> list[Any]:
     """A column of an Arrow table, or of a struct in it, as Python objects."""
-    from pyarrow import compute
+    from pyarrow import compute, types
 
     column = table.column(path[0])
-    return (compute.struct_field(column, list(path[1:])) if path[1:] else column).to_pylist()
+    values = compute.struct_field(column, list(path[1:])) if path[1:] else column
+    if types.is_dictionary(values.type):
+        values = values.cast(values.type.value_type)
+    return values.to_pylist()
 
 
 def _source(value: Any) -> Source:
@@ -193,7 +209,7 @@ def _shard(stream: Any, image: tuple[str, ...], label: tuple[str, ...] | None, i
     for table in stream.shard(stream.num_shards, index).iter(_ROWS):
         labels = [None] * len(table) if label is None else _values(table, label)
         for value, number in zip(_values(table, image), labels, strict=True):
-            yield functools.partial(_streamed, value), -1 if number is None else number
+            yield functools.partial(_streamed, value), streamed_label(number, stream.info.dataset_name or "the stream")
 
 
 def _streamed(value: Any) -> Source:

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from bigbigan.arrays import seeded
 from bigbigan.evaluation.features import BatchEncoder
 from bigbigan.evaluation.knn import knn_accuracy
 from bigbigan.evaluation.linear_probe import linear_probe
@@ -34,7 +35,7 @@ class Monitor:
 
     def __init__(self, images: Tensor | Images, labels: Tensor, config: TrainConfig):
         self.config = config
-        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(config.seed))
+        order = torch.randperm(len(images), generator=seeded(config.seed))
         self.grid = images[order[:GRID_IMAGES].sort().values]
         self.chosen: Tensor | None = None
         if config.probe_images and config.model.encoder is not None:

@@ -11,12 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from bigbigan.training.decoding import Source
+from bigbigan.training.labels import check_label_type, class_labels, is_text
 from bigbigan.training.sources import ImageDataset
-
-MAX_CLASSES = 100_000  # a classifier has a row of weights for each number up to the largest
 
 
 def open_parquet(
@@ -34,7 +32,7 @@ def open_parquet(
     except ImportError as error:
         raise ImportError(f"reading {files[0]} needs pyarrow: pip install 'bigbigan[train]'") from error
     in_memory = sum(file.stat().st_size for file in files) <= max_bytes
-    digest, sources, labels, counts = hashlib.sha256(), list[Source](), list[int](), list[int]()
+    digest, sources, values, counts = hashlib.sha256(), list[Source](), list[Any](), list[int]()
     for usual, name in (("image", column), ("label", label_column or "")):
         if name != usual:
             digest.update(f"{usual}={name}&".encode())
@@ -46,16 +44,12 @@ def open_parquet(
                 if in_memory:
                     sources += _encoded(file.read(columns=[column]).column(column))
                 counts.append(file.metadata.num_rows)
-                values = [None] * counts[-1]  # null: unlabelled
-                if label_column is not None:
-                    values = file.read(columns=[label_column]).column(label_column).to_pylist()
-                labels += [-1 if value is None else value for value in values]
+                values += [None] * counts[-1] if label_column is None else _values(file, label_column)
         except pyarrow.ArrowException as error:
             raise ValueError(f"{path} is no readable parquet file: {error}") from error
-    if not labels:
+    if not values:
         raise ValueError(f"{files[0]} holds no rows")
-    if max(labels) >= MAX_CLASSES:
-        raise ValueError(f"{files[0]} has a label {max(labels)}; number classes from 0, below {MAX_CLASSES:,}")
+    labels = class_labels(values, _class_names(schema.metadata, label_column), str(files[0]))
     rows: Sequence[Source] = sources
     if not in_memory:
         from bigbigan.training.huggingface import map_parquet
@@ -63,29 +57,53 @@ def open_parquet(
         rows = map_parquet(files, column)
     return ImageDataset(
         rows,
-        torch.tensor(labels),
-        _class_names(schema.metadata, label_column) or tuple(map(str, range(max(labels) + 1))),
+        labels.numbers,
+        labels.names,
         digest.hexdigest(),
         name=functools.partial(_row_name, files, np.cumsum(counts)),
+        naming=labels.naming,
+        stored_paths=functools.partial(_stored_paths, files, column),
         max_bad_fraction=max_bad_fraction,
     )
 
 
 def _checked_schema(file: Any, path: Path, column: str, label_column: str | None) -> Any:
-    from pyarrow import types
-
     schema = file.schema_arrow
     missing = sorted({column, *([] if label_column is None else [label_column])} - set(schema.names))
     if missing:
         raise ValueError(
             f"{path} has no column {', '.join(missing)}; its columns are {', '.join(schema.names)}: name those of "
-            f"images and labels, if any, as in {path}?column=img&label="
+            f"images and labels, if any, as in {path}?{suggested_options(schema, column, label_column)}"
         )
-    if label_column is not None and not types.is_integer(schema.field(label_column).type):
-        raise ValueError(f"{path} has labels as {schema.field(label_column).type}; expected integers")
+    if label_column is not None:
+        check_label_type(schema.field(label_column).type, str(path), f"{path}?{_without_labels(column)}")
     if not holds_images(schema.field(column).type):
         raise ValueError(f"{path} has images as {schema.field(column).type}; expected struct{{bytes, path}} or bytes")
     return schema
+
+
+def _without_labels(column: str) -> str:
+    return "label=" if column == "image" else f"column={column}&label="
+
+
+def suggested_options(schema: Any, column: str, label_column: str | None) -> str:
+    """Options that name the likely columns of images and of labels; `label=` only where none can be labels."""
+    from pyarrow import types
+
+    images = [field.name for field in schema if holds_images(field.type)]
+    structs = [field for field in schema if types.is_struct(field.type)]
+    images = images or [
+        f"{outer.name}.{field.name}" for outer in structs for field in outer.type if holds_images(field.type)
+    ]
+    image = next((name for name in (column, "image", "img", *images) if name in images), "img")
+    options = [] if image == "image" else [f"column={image}"]
+    if label_column is None:
+        return "&".join([*options, "label="])
+    simple = [types.is_integer, types.is_boolean, types.is_dictionary, is_text, types.is_floating]
+    found = [field.name for test in simple for field in schema if test(field.type) and field.name != image]
+    named = [name for name in found if name.lower().startswith(("label", "class", "target", "category", "fine"))]
+    label = next((name for name in (label_column, *named, *found) if name in found), "")
+    return "&".join([*options, *([] if label == "label" else [f"label={label}"])]) or "label="
 
 
 def holds_images(kind: Any) -> bool:
@@ -97,11 +115,33 @@ def holds_images(kind: Any) -> bool:
     return types.is_binary(kind) or types.is_large_binary(kind)
 
 
+def _values(file: Any, column: str) -> list[Any]:
+    """A column as Python objects, dictionaries resolved."""
+    from pyarrow import types
+
+    values = file.read(columns=[column]).column(column)
+    return (values.cast(values.type.value_type) if types.is_dictionary(values.type) else values).to_pylist()
+
+
 def _encoded(column: Any) -> list[bytes | None]:
     """The image files in an Arrow column; None where a row has no bytes (its path, if any, is not followed)."""
     from pyarrow import compute, types
 
     return (compute.struct_field(column, "bytes") if types.is_struct(column.type) else column).to_pylist()
+
+
+def _stored_paths(files: list[Path], column: str) -> list[str] | None:
+    from pyarrow import compute, parquet, types
+
+    found: list[str | None] = []
+    for path in files:
+        with parquet.ParquetFile(path) as file:
+            kind = file.schema_arrow.field(column).type
+            if not types.is_struct(kind) or kind.get_field_index("path") < 0:
+                return None
+            found += compute.struct_field(file.read(columns=[f"{column}.path"]).column(column), "path").to_pylist()
+    paths = [path for path in found if isinstance(path, str)]
+    return paths if len(set(paths)) == len(found) else None
 
 
 def _footer(path: Path, size: int) -> bytes:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-import glob
 import hashlib
-import json
 import logging
 import math
 import os
@@ -22,6 +19,18 @@ from tqdm import tqdm
 from bigbigan.config import PreprocessConfig
 from bigbigan.images import list_images
 from bigbigan.training.decoding import Decoded, Decoder, Job, Source
+from bigbigan.training.labels import Naming
+from bigbigan.training.splits import (
+    check_no_splits,
+    classes_beside,
+    family,
+    find_folder,
+    find_parquet,
+    nested_parquet,
+    parquet_files,
+    split_names,
+    subfolders,
+)
 from bigbigan.workers import run_jobs
 
 if TYPE_CHECKING:
@@ -67,6 +76,9 @@ class ImageDataset:
         labels: [N] int64; -1 where there is no label.
         class_names: name of each label.
         digest: sha256 of what the dataset holds (see `open_training_data`), for telling at resume that data changed.
+        naming: what the labels mean in another split (`Naming`).
+        root: the folder that image files are named by; None: rows without names.
+        stored_paths: reads the paths that Parquet keeps beside its images; None where it has none, or some twice.
         bad: index and reason of every unreadable image met so far. Each is replaced, with its label, by the next
             readable one, so the same files always give the same samples.
     """
@@ -79,9 +91,13 @@ class ImageDataset:
         digest: str,
         *,
         name: Callable[[int], str],
+        naming: Naming = "numbers",
+        root: Path | None = None,
+        stored_paths: Callable[[], list[str] | None] = lambda: None,
         max_bad_fraction: float = 0.001,
     ) -> None:
-        self.labels, self.class_names, self.digest = labels, class_names, digest
+        self.labels, self.class_names, self.digest, self.root = labels, class_names, digest, root
+        self.naming, self.stored_paths = naming, stored_paths
         self.sources, self.max_bad = sources, max_bad_fraction * len(sources)
         self._unreadable, self.name = UnreadableImages(max_bad_fraction), name
 
@@ -123,13 +139,21 @@ class ImageDataset:
         return self._select(numbers, hashlib.sha256(numbers.astype("<i8").tobytes()).hexdigest())
 
     def _select(self, numbers: range | np.ndarray, what: str) -> ImageDataset:
-        name = self.name
+        name, stored_paths = self.name, self.stored_paths
+
+        def paths() -> list[str] | None:
+            found = stored_paths()
+            return None if found is None else [found[int(number)] for number in numbers]
+
         return ImageDataset(
             _Part(self.sources, numbers),
             self.labels[torch.as_tensor(np.asarray(numbers))],
             self.class_names,
             hashlib.sha256(f"{self.digest}[{what}]".encode()).hexdigest(),
             name=lambda index: name(int(numbers[index])),
+            naming=self.naming,
+            root=self.root,
+            stored_paths=paths,
             max_bad_fraction=self.max_bad / len(self),
         )
 
@@ -229,73 +253,138 @@ def open_training_data(
     `path?option=value&…` comes before the arguments: `column`, `label` (empty: no labels) and `max_bad_fraction`.
 
     Image files lie in `path/{split}`, or for "train" in `path` itself; the first subfolder is the class and labels
-    count the classes by sorted name. Parquet is the Hugging Face layout: `column` holds struct{bytes, path} or bytes,
-    `label_column` integers (None: no labels). Parquet files of more than `max_bytes` together are copied once by the
-    `datasets` package into its cache on the disk, as memory-mapped Arrow: a Parquet file cannot be read by the row,
-    and the copy keeps one order of samples for sets of every size. `open_hugging_face` says what "hf:…" takes; only
-    such a set with `streaming` is an `ImageStream`.
+    count the classes by sorted name. Splits are found in any case and usual spelling (train, training; val, valid,
+    validation, dev; test, testing, eval, evaluation), and never taken for classes. Parquet is the Hugging Face layout,
+    in `path` or in one subfolder of it: `column` holds struct{bytes, path} or bytes, `label_column` one number, truth
+    value or text per image (None: no labels; see `class_labels`). Parquet files of more than `max_bytes` together are
+    copied once by the `datasets` package into its cache on the disk, as memory-mapped Arrow: a Parquet file cannot be
+    read by the row, and the copy keeps one order of samples for sets of every size. `open_hugging_face` says what
+    "hf:…" takes; only such a set with `streaming` is an `ImageStream`.
 
     The digest of Parquet is that of the files' bytes end to end, or above `max_bytes` of their footers, which hold the
     size of each chunk, and of columns that are not "image" and "label"; that of image files covers their relative
     names, sizes and modification times, and so changes where a copy does not keep the times.
 
-    A split may have a range, as in the `datasets` package: "train[:50000]" is the first 50,000 images.
+    A split may have a range, as in the `datasets` package: "train[:50000]" is the first 50,000 images. What was found
+    is logged.
 
     Raises:
-        ValueError: nothing of the kind at `path`, or it lacks the split, a shard or a column; or an unknown option.
+        ValueError: nothing of the kind at `path`, or it lacks the split, a shard or a column; splits that would become
+            classes; or an unknown option.
         ImportError: Parquet without pyarrow, "hf:…" or more than `max_bytes` of Parquet without datasets.
     """
-    part = re.fullmatch(r"(.+)\[(\d*):(\d*)\]", split)
-    if part is not None and not str(path).startswith("hf:"):
-        whole = open_dataset(
-            path,
-            split=part[1],
-            column=column,
-            label_column=label_column,
-            max_bad_fraction=max_bad_fraction,
-            max_bytes=max_bytes,
-        )
-        return whole.subset(slice(*(int(number) if number else None for number in part.groups()[1:])))
     options: dict[str, Any] = {"column": column, "label_column": label_column, "max_bad_fraction": max_bad_fraction}
+    data: ImageDataset | ImageStream
+    where, splits = str(path), list[str]()
     if str(path).startswith("hf:"):
         from bigbigan.training.huggingface import open_hugging_face
 
-        return open_hugging_face(str(path), split=split, **options)
-    name, given = split_options(str(path))
+        data = open_hugging_face(str(path), split=split, **options)
+    else:
+        part = re.fullmatch(r"(.+)\[(\d*):(\d*)\]", split)
+        data, where, splits = _open_local(str(path), split if part is None else part[1], options, max_bytes)
+        if part is not None:
+            data = data.subset(slice(*(int(number) if number else None for number in part.groups()[1:])))
+    if os.environ.get("RANK", "0") == "0":
+        logger.info("%s", described(data, where, split, splits))
+    return data
+
+
+def _open_local(spec: str, split: str, options: dict[str, Any], max_bytes: int) -> tuple[ImageDataset, str, list[str]]:
+    """The whole of a split, where it was found, and the splits there."""
+    from bigbigan.training.folders import open_folder
     from bigbigan.training.parquet import open_parquet
 
-    path = Path(name)
-    options |= {key: given[key] for key in ("column", "max_bad_fraction") if key in given}
+    name, given = split_options(spec)
+    path, options = Path(name), options | {key: given[key] for key in ("column", "max_bad_fraction") if key in given}
     if "label" in given:
         options["label_column"] = given["label"] or None
     if path.suffix == ".parquet" and path.is_file():
-        return open_parquet([path], max_bytes=max_bytes, **options)
+        return open_parquet([path], max_bytes=max_bytes, **options), name, []
     if not path.is_dir():
         raise ValueError(f"{path} is neither a .parquet file nor a folder (nor hf:NAME, a Hugging Face dataset)")
-    shards = [path / f"{split}.parquet"]
-    if not shards[0].is_file():
-        shards = sorted(path.glob(f"{glob.escape(split)}-*.parquet"))
+    shards, folder = find_parquet(path, split), None
+    if not shards and not parquet_files(path):
+        folder = find_folder(path, split)
+        if folder is not None:
+            shards = parquet_files(folder)
+        elif (inner := nested_parquet(path, split)) is not None:
+            path, shards = inner, find_parquet(inner, split)
     if shards:
-        counts = {int(match[1]) for shard in shards if (match := re.search(r"-of-(\d+)$", shard.stem))}
-        if counts and counts != {len(shards)}:
-            raise ValueError(f"{path} holds {len(shards)} of {max(counts)} {split}-*.parquet shards; fetch the others")
-        return open_parquet(shards, max_bytes=max_bytes, **options)
-    if any(path.glob("*.parquet")):
-        raise ValueError(f"{path} holds parquet files, but neither {split}.parquet nor {split}-*.parquet")
-    if (path / split).is_dir():
-        path = path / split
-    elif split != "train":
-        raise ValueError(f"{path} holds no {split!r} split: neither {split}.parquet, {split}-*.parquet nor {split}/")
+        where = str(path if len(shards) > 1 else shards[0])
+        return open_parquet(shards, max_bytes=max_bytes, **options), where, split_names(path)
+    if folder is None and (family(split) != "train" or parquet_files(path)):
+        raise ValueError(_no_split(path, split))
     try:
-        files = list_images(path)
+        files = list_images(folder or path)
     except ValueError as error:
-        raise ValueError(f"no {split}.parquet, no {split}-*.parquet, and no images: {error}") from error
+        within = [str(within) for within in subfolders(path) if parquet_files(within)]
+        hint = f"; there is Parquet in {', '.join(within[:3])}: name that folder" if within else ""
+        raise ValueError(f"no {split}.parquet, no {split}-*.parquet, and no images: {error}{hint}") from error
     if "column" in given or given.get("label"):
         raise ValueError(f"{path} holds image files, which have no columns: of column and label, only label= fits")
-    dataset = open_folder(path, files, options["max_bad_fraction"])
+    dataset = open_folder(folder or path, files, options["max_bad_fraction"])
+    if folder is None:
+        check_no_splits(path, (file.relative_to(path).as_posix() for file in files))
+    elif not dataset.class_names and (beside := classes_beside(folder)):
+        logger.warning(
+            "%s is taken as the split %s, and %s beside it left out; name a folder above, if it is a class",
+            *(folder, split, ", ".join(f"{name}/" for name in beside[:5])),
+        )
     if "label" in given:
         dataset.labels.fill_(-1)
-    return dataset
+    return dataset, str(folder or path), split_names(path)
+
+
+def _no_split(path: Path, split: str) -> str:
+    parquet, there = bool(parquet_files(path)), split_names(path)
+    if not there:
+        within = [inner for inner in subfolders(path) if parquet_files(inner)]
+        there = [f"{name} in {inner}" for inner in within for name in split_names(inner)]
+    wanted = f"neither {split}.parquet nor {split}-*.parquet"
+    text = (
+        f"{path} holds parquet files, but {wanted}"
+        if parquet
+        else f"{path} holds no {split!r} split: neither {split}.parquet, {split}-*.parquet nor {split}/"
+    )
+    return f"{text}; there is {', '.join(there[:8])}: name one of these as the split" if there else text
+
+
+def holds_rows(path: str | Path) -> bool:
+    """Whether a path given as data leads to rows, in Parquet or "hf:…", and not to image files.
+
+    Raises:
+        ValueError: as `split_options`.
+    """
+    if str(path).startswith("hf:"):
+        return True
+    folder = Path(split_options(str(path))[0])
+    if not folder.is_dir():
+        return folder.suffix == ".parquet" and folder.is_file()
+    return bool(parquet_files(folder)) or any(parquet_files(inner) for inner in subfolders(folder))
+
+
+def described(data: ImageDataset | ImageStream, where: str, split: str, splits: Sequence[str] = ()) -> str:
+    """What a set holds, in one line: images, classes with the first names, splits."""
+    if isinstance(data, ImageDataset):
+        count, unlabelled = _counted(len(data), "image"), int((data.labels < 0).sum())
+        classes = len(data.labels[data.labels >= 0].unique())
+        text = _counted(classes, "class") if classes else "no labels"
+        if classes and unlabelled:
+            text += f", {_counted(unlabelled, 'image')} without a label"
+    else:
+        count = f"a stream of {data.num_shards:,} shards"
+        count += f" with {data.num_images:,} images" if data.num_images else ""
+        text = f"{len(data.class_names):,} named classes" if data.class_names else "classes not named"
+    if data.class_names and text != "no labels":
+        more = ", …" if len(data.class_names) > 5 else ""
+        text += f" ({', '.join(data.class_names[:5])}{more})"
+    there = f"; splits there: {', '.join(splits[:8])}" if splits else ""
+    return f"{where}: {count} in {split}, {text}{there}"
+
+
+def _counted(number: int, thing: str) -> str:
+    return f"{number:,} {thing}{'' if number == 1 else 'es' if thing.endswith('s') else 's'}"
 
 
 def split_options(spec: str, known: Sequence[str] = OPTIONS) -> tuple[str, dict[str, Any]]:
@@ -325,40 +414,3 @@ def split_options(spec: str, known: Sequence[str] = OPTIONS) -> tuple[str, dict[
         if not 0 <= options["max_bad_fraction"] <= 1:
             raise ValueError(f"{spec}: max_bad_fraction is {fraction!r}; give a number from 0 to 1")
     return name, options
-
-
-class _Files(Sequence[Source]):
-    """Paths in one block of memory: a million Python objects would be copied into every worker as they are counted."""
-
-    def __init__(self, files: list[Path]) -> None:
-        self._names = np.array([os.fsencode(file) for file in files])
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def __getitem__(self, index: Any) -> Any:
-        return Path(os.fsdecode(bytes(self._names[index])))
-
-
-def _file_name(files: _Files, index: int) -> str:
-    return str(files[index])
-
-
-def open_folder(folder: Path, files: list[Path], max_bad_fraction: float) -> ImageDataset:
-    """These image files in a folder, the first subfolder of each its class."""
-    relative = [os.path.relpath(file, folder).replace(os.sep, "/") for file in files]
-    classes = [name.split("/")[0] if "/" in name else None for name in relative]
-    names = sorted({name for name in classes if name is not None})
-    ids: dict[str | None, int] = {None: -1, **{name: number for number, name in enumerate(names)}}
-    listing = [
-        (name, (stat := file.stat()).st_size, stat.st_mtime_ns) for name, file in zip(relative, files, strict=True)
-    ]
-    sources = _Files(files)
-    return ImageDataset(
-        sources,
-        torch.tensor([ids[name] for name in classes]),
-        tuple(names),
-        hashlib.sha256(json.dumps(listing).encode()).hexdigest(),
-        name=functools.partial(_file_name, sources),
-        max_bad_fraction=max_bad_fraction,
-    )

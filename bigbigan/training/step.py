@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from bigbigan.arrays import seeded
 from bigbigan.config import PARTS
 from bigbigan.discriminator import DiscriminatorOutput
 from bigbigan.layers import advance_spectral_norm, initialize
@@ -65,7 +66,7 @@ class TrainingState:
         self.config = config
         self.device = torch.device(device)
         self.dtype = torch.float64 if config.precision == "fp64" else torch.float32
-        draws = torch.Generator().manual_seed(config.seed)
+        draws = seeded(config.seed)
         self.networks: dict[str, nn.Module] = {}
         for name in PARTS:
             part = getattr(config.model, name)

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
+from bigbigan.arrays import as_whole
 from bigbigan.training.augment import permutation
 from bigbigan.training.decoding import Source
 from bigbigan.training.sources import ImageDataset
@@ -83,6 +84,7 @@ class ImageStream:
                 "%s has %d shards for %d processes: each process reads all and keeps every %d-th image",
                 *(self.name, self.num_shards, world_size, world_size),
             )
+        seed = as_whole(seed, "seed")
         start, first, taken = position
         for epoch in itertools.count(start):
             order = permutation(self.num_shards, seed, epoch)
