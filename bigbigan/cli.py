@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 from bigbigan._version import __version__
 from bigbigan.commands import conversion, encode, evaluation, models, onnx, pictures, report, training
-from bigbigan.commands.options import help_formatter
+from bigbigan.commands.options import claim_outputs, help_formatter
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -38,7 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     label = f"bigbigan {arguments.verb}"
     with _messages(label, logging.WARNING if getattr(arguments, "quiet", False) else logging.INFO):
         try:
-            code = arguments.run(arguments)
+            with claim_outputs(arguments):
+                code = arguments.run(arguments)
             sys.stdout.flush()
         except BrokenPipeError:  # `bigbigan list | head -1`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that flushing at exit is quiet

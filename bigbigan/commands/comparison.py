@@ -154,6 +154,11 @@ class Splits:
         # A few: baselines share the model's preprocessing, but no sum of all decoded images should fill the memory.
         self.images = functools.lru_cache(maxsize=4)(self._images)
 
+    @property
+    def files(self) -> list[Path]:
+        """Those that hold an image each."""
+        return [source for part in (self.train, self.test) for source in part.sources if isinstance(source, Path)]
+
     def _images(self, part: str, config: PreprocessConfig, channels: int) -> SplitImages:
         return SplitImages(getattr(self, part), config, channels, self._size, self._workers)
 

@@ -188,6 +188,16 @@ def _files(path: str) -> _Stored:
     return _Stored(len(dataset), channels, side, dataset.digest, at)
 
 
+def picture_files(path: str | None) -> list[Path]:
+    """The files that a path of images stands for: itself, or the pictures in a folder."""
+    from bigbigan.images import list_images
+
+    if path is None or not Path(path).exists():
+        return []
+    folder = Path(path)
+    return [folder] if not folder.is_dir() or any(folder.glob("*.parquet")) else list_images(folder)
+
+
 def row_names(data: str, split: str, dataset: ImageDataset) -> list[str]:
     """What each image of a split is called without its suffix: its path in the split's folder, or 000000, 000001, …"""
     from bigbigan.training.sources import split_options

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -18,18 +19,19 @@ import numpy as np
 import torch
 import torch.distributed
 from numpy.typing import NDArray
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
 from bigbigan.config import PreprocessConfig
 from bigbigan.evaluation.feature_files import feature_writer
 from bigbigan.evaluation.features import OUTPUTS, BatchEncoder, digest
-from bigbigan.files import atomic_write, sync
+from bigbigan.files import TEMPORARY, atomic_write, file_name, foreign, remove_own, sync
 from bigbigan.fuse import FusedPart
 from bigbigan.images import BadImageError, list_images, preprocess
 from bigbigan.model import BigBiGAN, indexed_noise
+from bigbigan.outputs import FAILURES, FEATURES, check_output, claim
 from bigbigan.schema import to_dict
 from bigbigan.workers import default_workers, run_jobs
 
@@ -38,6 +40,9 @@ PIECE_NAME = "{:06d}.safetensors"
 LARGE = 128  # side of images from which encoding one takes many times as long as reading it
 _CHUNK = 8  # images that a worker hands over at a time
 _DISTRIBUTION = ("z_mean", "z_stdev")
+_MANIFEST_TEMPORARY = rf"\.manifest\.json{TEMPORARY}"
+# Everything that OUTPUT.partial holds.
+_WORK_FILES = rf"manifest\.json|{_MANIFEST_TEMPORARY}|whole|[0-9]+/|[0-9]+/\.?[0-9]{{6,}}\.safetensors({TEMPORARY})?"
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +63,7 @@ class EncodeReport:
 
 
 def find_images(inputs: Sequence[str | os.PathLike[str]]) -> dict[str, Path]:
-    """Image files by the names that they get in an output, sorted by name.
+    """Image files by the names that they get in an output (`bigbigan.files.file_name`), sorted by name.
 
     Names have slashes; in one folder they are relative to it, else they begin with the input as given. Folders are
     searched as by `list_images`; a file named itself may have any suffix.
@@ -72,17 +77,12 @@ def find_images(inputs: Sequence[str | os.PathLike[str]]) -> dict[str, Path]:
     for given in map(Path, inputs):
         if given.is_dir():
             root = given if len(inputs) == 1 else Path()
-            found |= {_text(path.relative_to(root)): path for path in list_images(given)}
+            found |= {file_name(path.relative_to(root)): path for path in list_images(given)}
         elif given.exists():
-            found[_text(given)] = given
+            found[file_name(given)] = given
         else:
             raise ValueError(f"{given}: no such file or folder")
     return dict(sorted(found.items()))
-
-
-def _text(path: Path) -> str:
-    """With bytes that are no UTF-8 spelled out, since no output format could hold them."""
-    return os.fsencode(path.as_posix()).decode("utf-8", "backslashreplace")
 
 
 def encode_files(
@@ -118,12 +118,43 @@ def encode_files(
         options: of `bigbigan.images.preprocess`: crop, invert, background, max_pixels.
 
     Raises:
-        ValueError: another suffix, an output that encoders do not have, or `output` is one of `files`.
-        OSError: no room on the disk, or no permission; no half file is left under the final name.
+        ValueError: an output that encoders do not have.
+        OutputError: `output` must not be written (`bigbigan.outputs.claim`), or another process is writing it.
+        FileExistsError: `{output}.partial` is not of an earlier call.
+        OSError: the disk is full, or does not let itself be written; finished pieces stay, and no half file is left
+            under the final name.
         ImportError: parquet without pyarrow.
     """
-    output, names = Path(output), list(files)
-    work, failures = (output.with_name(output.name + end) for end in (".partial", ".failures.jsonl"))
+    output = Path(output)
+    if output.is_symlink():
+        output = Path(os.path.realpath(output))
+    with contextlib.ExitStack() as stack:
+        if rank == 0:
+            stack.enter_context(claim(output, FEATURES, files.values()))
+            check_output(_beside(output, "failures.jsonl"), FAILURES, files.values())
+        return _encode_files(
+            model, files, output, outputs, batch_size, seed, workers, rank, world_size, progress, options
+        )
+
+
+def _beside(output: Path, end: str) -> Path:
+    return output.with_name(f"{output.name}.{end}")
+
+
+def _encode_files(
+    model: BigBiGAN,
+    files: Mapping[str, Path],
+    output: Path,
+    outputs: Sequence[str],
+    batch_size: int,
+    seed: int,
+    workers: int | None,
+    rank: int,
+    world_size: int,
+    progress: bool,
+    options: dict[str, Any],
+) -> EncodeReport:
+    names, work = list(files), _beside(output, "partial")
     write = feature_writer(output, names)
     wanted = BatchEncoder(model, outputs, batch_size, seed).widths
     # Which row an image will be, and so its noise, is known when all of those before it are read.
@@ -132,7 +163,7 @@ def encode_files(
     manifest = {
         "format": 2,
         "encoder": digest(encode.network),
-        "files": _listing_digest(files, {output, failures}),
+        "files": _listing_digest(files),
         "outputs": list(wanted),
         "batch size": batch_size,
         "processes": world_size,
@@ -159,8 +190,9 @@ def encode_files(
     shown = progress and rank == 0
     images = tqdm(images, total=bounds[rank + 1] - bounds[rank], initial=start - bounds[rank], unit="img",
                   disable=None if shown else True)  # fmt: skip
-    for stop, failed, rows in _encode_pieces(encode, images, start):
-        pieces.append(_save_piece(own, len(pieces), stop, failed, rows))
+    with _resumable(work):
+        for stop, failed, rows in _encode_pieces(encode, images, start):
+            pieces.append(_save_piece(own, len(pieces), stop, failed, rows))
 
     _wait(world_size)
     pieces = [piece for i in range(world_size) for piece in _finished_pieces(work / f"{i}")]
@@ -169,16 +201,30 @@ def encode_files(
     report = EncodeReport(len(good), [(names[index], reason) for index, reason in sorted(reasons.items())], resumed)
     _wait(world_size)  # all have read the pieces
     if rank == 0:
-        _write_failures(failures, report.failed)
-        if good:
-            whole = work / "whole"  # not beside the output, where a kill would leave it
-            write(whole, good, wanted, partial(_rows, pieces, model.dtype, seed))
-            sync(whole)
-            os.replace(whole, output)
-            sync(output.parent)
-        shutil.rmtree(work)
+        with _resumable(work):
+            _write_failures(_beside(output, "failures.jsonl"), report.failed)
+            if good:
+                whole = work / "whole"  # not beside the output, where a kill would leave it
+                write(whole, good, wanted, partial(_rows, pieces, model.dtype, seed))
+                sync(whole)
+                check_output(output, FEATURES)  # once more: hours may have passed
+                os.replace(whole, output)
+                sync(output.parent)
+        remove_own(work, _WORK_FILES)
     _wait(world_size)
     return report
+
+
+@contextlib.contextmanager
+def _resumable(work: Path) -> Iterator[None]:
+    """Errors of the disk say that the same command continues."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:  # not of the disk
+            raise
+        hint = f"{error.strerror}. Finished work is kept in {work}: make room, then run the same command again"
+        raise OSError(error.errno, hint, error.filename or os.fspath(work)) from error
 
 
 def _wait(world_size: int) -> None:
@@ -283,49 +329,76 @@ class _Piece:
 
 def _save_piece(work: Path, number: int, stop: int, failed: list[tuple[int, str]], rows: dict[str, Tensor]) -> _Piece:
     path = work / PIECE_NAME.format(number)
-    with atomic_write(path) as temporary:
-        save_file(rows, temporary, {"stop": str(stop), "failed": json.dumps(failed)})
+    with atomic_write(path) as temporary:  # by Python, whose errors say what the disk said
+        temporary.write_bytes(save(rows, {"stop": str(stop), "failed": json.dumps(failed)}))
     return _Piece(path, len(next(iter(rows.values()))), stop, failed)
 
 
 def _finished_pieces(work: Path) -> list[_Piece]:
+    """Those before the first damaged one, from which on all are removed, to be computed again."""
     pieces: list[_Piece] = []
     while (path := work / PIECE_NAME.format(len(pieces))).exists():
-        with safe_open(path, framework="np") as file:
-            metadata, name = file.metadata(), next(iter(file.keys()))
-            failed = [(index, reason) for index, reason in json.loads(metadata["failed"])]
-            pieces.append(_Piece(path, file.get_slice(name).get_shape()[0], int(metadata["stop"]), failed))
+        try:
+            with safe_open(path, framework="np") as file:
+                metadata, name = file.metadata(), next(iter(file.keys()))
+                failed = [(index, reason) for index, reason in json.loads(metadata["failed"])]
+                pieces.append(_Piece(path, file.get_slice(name).get_shape()[0], int(metadata["stop"]), failed))
+        except (SafetensorError, StopIteration, TypeError, KeyError, ValueError) as error:
+            logger.warning("%s is damaged (%s): it and what follows it are computed again", path, error)
+            for number in itertools.count(len(pieces)):
+                if not (damaged := work / PIECE_NAME.format(number)).exists():
+                    return pieces
+                damaged.unlink()
     return pieces
 
 
 def _open_work_folder(work: Path, manifest: dict[str, Any]) -> None:
-    """Leaves `work` with this manifest, and with pieces only if they belong to it."""
+    """Leaves `work` with this manifest, and with pieces only if they belong to it.
+
+    Raises:
+        FileExistsError: it is a link or a file, or holds anything but the unfinished work of an earlier call.
+    """
     path = work / "manifest.json"
-    if path.exists():
-        found = json.loads(path.read_text(encoding="utf-8"))
+    if work.is_symlink() or (work.exists() and not work.is_dir()):
+        raise FileExistsError(f"{work} is needed as a folder for unfinished work: move what is there away")
+    if work.exists():
+        found = _read_manifest(path)
+        if strangers := foreign(work, _MANIFEST_TEMPORARY if found is None else _WORK_FILES):
+            raise FileExistsError(
+                f"{work} is needed for unfinished work and holds other files ({', '.join(strangers[:3])}): move it away"
+            )
         if found == manifest:
             return
-        changed = sorted(key for key in found.keys() | manifest if found.get(key) != manifest.get(key))
-        logger.warning("%s is of another call (%s changed): starting afresh", work, ", ".join(changed))
-        shutil.rmtree(work)
-    elif work.exists() and not all(entry.name.startswith(".") for entry in work.iterdir()):
-        raise FileExistsError(f"{work} is needed for unfinished work, and holds other files: move it away")
+        if found is not None:
+            changed = sorted(key for key in found.keys() | manifest if found.get(key) != manifest.get(key))
+            logger.warning("%s was written with other settings (%s): starting afresh", work, ", ".join(changed))
+        remove_own(work, _WORK_FILES)
     with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(manifest), encoding="utf-8")
 
 
+def _read_manifest(path: Path) -> dict[str, Any] | None:
+    """None where there is none, or somebody else's."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError, RecursionError):
+        return None
+    known = {"format", "encoder", "files", "outputs", "batch size"}
+    return found if isinstance(found, dict) and known <= set(found) else None
+
+
 def _write_failures(path: Path, failed: list[tuple[str, str]]) -> None:
     if not failed:
-        path.unlink(missing_ok=True)  # of an earlier call
+        if path.exists() and FAILURES.is_one(path):  # of an earlier call
+            path.unlink()
         return
     lines = (json.dumps({"path": name, "reason": reason}) + "\n" for name, reason in failed)
     with atomic_write(path) as temporary:
         temporary.write_text("".join(lines), encoding="utf-8")
 
 
-def _listing_digest(files: Mapping[str, Path], written: set[Path]) -> str:
-    """sha256 over names, sizes and times. Refuses files that would be overwritten."""
-    taken = {(status.st_dev, status.st_ino) for path in written if path.exists() and (status := path.stat())}
+def _listing_digest(files: Mapping[str, Path]) -> str:
+    """sha256 over names, sizes and times."""
     sha256 = hashlib.sha256()
     for name, path in files.items():
         try:
@@ -333,8 +406,6 @@ def _listing_digest(files: Mapping[str, Path], written: set[Path]) -> str:
         except OSError:  # reading it will tell why
             sha256.update(json.dumps([name]).encode())
             continue
-        if (status.st_dev, status.st_ino) in taken:
-            raise ValueError(f"{path} is an input and would be overwritten; choose another output")
         sha256.update(json.dumps([name, status.st_size, status.st_mtime_ns]).encode())
     return sha256.hexdigest()
 
