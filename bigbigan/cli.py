@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import logging
 import os
 import sys
@@ -36,6 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     arguments.argv = list(sys.argv[1:] if argv is None else argv)  # for records of what was measured
     label = f"bigbigan {arguments.verb}"
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="surrogateescape")  # names of files that are no text come out as they are
     with _messages(label, logging.WARNING if getattr(arguments, "quiet", False) else logging.INFO):
         try:
             with claim_outputs(arguments):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import logging
 import os
@@ -57,19 +58,27 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     os.close(handle)
     temporary = Path(name)
     try:
-        yield temporary
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # mkstemp is 0600; a user expects the folder's usual mode
-        sync(temporary)
-        os.replace(temporary, target)
-        sync(target.parent)
-    except OSError as error:
-        if error.errno is not None and error.filename in (None, name):
-            error.filename, error.filename2 = os.fspath(path), None
-        raise
+        with disk_errors(path, name):
+            yield temporary
+            umask = os.umask(0)
+            os.umask(umask)
+            temporary.chmod(0o666 & ~umask)  # mkstemp is 0600; a user expects the folder's usual mode
+            sync(temporary)
+            os.replace(temporary, target)
+            sync(target.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def disk_errors(path: str | os.PathLike[str], temporary: str | None = None) -> Iterator[None]:
+    """Errors of the disk that name no file, or only a temporary one, name `path`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename in (None, temporary):
+            error.filename, error.filename2 = os.fspath(path), None
+        raise
 
 
 def sync(path: Path) -> None:
@@ -119,9 +128,14 @@ def _parents(path: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        with contextlib.suppress(OSError):  # it holds something now
-            for folder in made:
+        for folder in made:
+            try:
+                if any(folder.iterdir()):
+                    break
                 folder.rmdir()
+            except OSError as error:
+                if error.errno not in (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST):  # another process was there
+                    raise
 
 
 @contextlib.contextmanager
@@ -138,7 +152,11 @@ def _locked(path: Path, busy: Exception, wait: bool) -> Iterator[None]:
 
 def _open_locked(path: Path, busy: Exception, wait: bool) -> int:
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        except FileNotFoundError:  # another process has just removed the empty folder
+            path.parent.mkdir(parents=True, exist_ok=True)
+            continue
         try:
             _lock(descriptor, wait=False)
         except (BlockingIOError, PermissionError) as error:  # EAGAIN or EACCES, depending on the system

@@ -194,8 +194,12 @@ def picture_files(path: str | None) -> list[Path]:
 
     if path is None or not Path(path).exists():
         return []
-    folder = Path(path)
-    return [folder] if not folder.is_dir() or any(folder.glob("*.parquet")) else list_images(folder)
+    if not Path(path).is_dir():
+        return [Path(path)]
+    try:
+        return list_images(path)
+    except ValueError:  # none: a folder of Parquet
+        return []
 
 
 def row_names(data: str, split: str, dataset: ImageDataset) -> list[str]:

@@ -90,7 +90,7 @@ def _retrieval(arguments: argparse.Namespace) -> int:
 
     if arguments.output:
         given = [*arguments.queries, arguments.data.partition("?")[0]]
-        check_picture(arguments.output, [file for path in given for file in picture_files(path)])
+        check_picture(arguments.output, (file for path in given for file in picture_files(path)))
     if arguments.queries and arguments.query_split:
         raise ValueError("give QUERY files or --query-split, not both")
     if arguments.features and arguments.query_split:

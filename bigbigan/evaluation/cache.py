@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from bigbigan.evaluation.representations import Representation
 from bigbigan.evaluation.rows import Rows, StoredRows
-from bigbigan.files import OutputError, atomic_write, hold, sync
+from bigbigan.files import OutputError, atomic_write, disk_errors, hold, sync
 from bigbigan.schema import to_dict
 
 MAX_BYTES = 8 << 30  # of features in memory
@@ -195,7 +195,7 @@ class _Store:
             return
         rows = torch.cat(self._waiting).numpy().astype("<f4", copy=False)
         header = {"descr": "<f4", "fortran_order": False, "shape": (self.number, rows.shape[1])}
-        with open(self._partial, "r+b" if self._partial.exists() else "wb") as file:
+        with disk_errors(self._partial), open(self._partial, "r+b" if self._partial.exists() else "wb") as file:
             np.lib.format.write_array_header_1_0(file, header)
             file.seek(4 * self.done * rows.shape[1], os.SEEK_CUR)
             file.write(rows.data)
