@@ -213,7 +213,10 @@ def keep_snapshot(
     num_images = model.info.provenance["num_images"]
     name, score = snapshot_name(num_images), scores.get("linear_avepool_feat")
     model.info.provenance["held_out"] = scores
-    model.save(folder / name)
+    if (folder / name / "config.json").exists() and foreign(folder / name, FOLDER_FILES):
+        logger.warning("%s is not written again: it holds more than a snapshot", folder / name)
+    else:
+        model.save(folder / name)
     if best is None or score is None or best["score"] is None or score > best["score"]:
         best = {"snapshot": name, "score": score, "num_images": num_images, "step": step}
     for other in find_snapshots(folder.parent):
