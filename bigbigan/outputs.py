@@ -18,6 +18,7 @@ from bigbigan.files import LOCK, OutputError, hidden_name, hold
 
 MAX_TEXT_BYTES = 64 << 20  # of a text file that may be an earlier output
 MAX_HEADER_BYTES = 100_000_000  # what safetensors reads itself
+PLOT_MARK = "bigbigan report"  # as the software that made a PNG
 PICTURE_NAME = r"[0-9]{6}\.png|[1-9][0-9]{6,}\.png"  # of a folder that `generate` fills
 
 
@@ -194,6 +195,9 @@ def _is_onnx(path: Path) -> bool:
 
 
 PICTURE = Kind("a picture", (".png", ".jpg", ".jpeg", ".webp"), _is_picture)
+PLOT = Kind(
+    "a plot of `bigbigan report`", (".png",), lambda path: f"tEXtSoftware\0{PLOT_MARK}".encode() in _head(path, 512)
+)
 FEATURES = Kind("a feature file of `bigbigan encode`", (".npz", ".safetensors", ".parquet"), _is_features)
 FAILURES = Kind("a list of failures of `bigbigan encode`", (), _is_failures)
 STATISTICS = Kind(

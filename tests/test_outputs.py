@@ -177,7 +177,7 @@ def test_each_kind_keeps_off_the_others(here: Path, tiny: str, capsys: pytest.Ca
     knn = ["evaluate", "knn", "--data", data, "--k", "1", *model]
     statistics = ["evaluate", "generation", "--data", data, "--network", f"model:{tiny}", *model, "--save-statistics"]
     cases = [
-        (["report", "record.txt", "-o", "record.txt"], "record.txt is an input"),
+        (["report", "record.txt", "-o", "record.txt"], "record.txt exists and is not a document"),
         (["report", "r.json", "-o", "w.safetensors"], "cannot write '.safetensors'; use .md"),
         (["report", "r.json", "-o", "notes.md"], "notes.md exists and is not a document of `bigbigan report`"),
         (["encode", "in", "-o", "w.safetensors", *model], "w.safetensors exists and is not a feature file"),
@@ -187,9 +187,8 @@ def test_each_kind_keeps_off_the_others(here: Path, tiny: str, capsys: pytest.Ca
         ([*knn, "--json", "f.npz"], "f.npz exists and is not a record"),
         ([*knn, "--json", "pipe.json"], "pipe.json is not a regular file"),
         ([*knn, "--json", os.devnull], f"{os.devnull} is not a regular file"),
-        (["generate", *model, "-o", "pipe.png"], ""),
     ]
-    for command, message in cases[:-1]:
+    for command, message in cases:
         assert message in refused(capsys, *command), command
     assert contents(here) == before
     assert sorted(path.name for path in here.iterdir() if path.name.startswith(".")) == []
@@ -249,7 +248,8 @@ def test_a_folder_of_pictures_holds_those_of_one_call(
     line = refused(capsys, *draw, "-n", "4", "--seed", "1")
     assert "a holds 40 pictures of an earlier call (000000.png, …)" in line and "--overwrite" in line
     assert contents(here) == before
-    assert "no part 'generator'" in refused(capsys, *draw, "--overwrite", "--seed", "-1") or contents(here) == before
+    assert "seed is -1" in refused(capsys, *draw, "--overwrite", "--seed", "-1")
+    assert contents(here) == before
     assert main([*draw, "-n", "4", "--seed", "1", "--overwrite"]) == 0
     assert names() == ["000000.png", "000001.png", "000002.png", "000003.png", "cat.png"]
     assert contents(here)["a/cat.png"] == before["a/cat.png"]
@@ -277,8 +277,7 @@ def test_no_two_files_have_one_name(here: Path, tiny: str, capsys: pytest.Captur
 
     folder, source = here / "odd", (here / "in/0000.png").read_bytes()
     folder.mkdir()
-    names = [b"\xff.png", b"\\xff.png", b"\\x5cxff.png", b"\\\xff.png", b"\\", b"a\\b.png", "é.png".encode()]
-    names[4] = b"\\\\xff.png"
+    names = [b"\xff.png", b"\\xff.png", b"\\x5cxff.png", b"\\\xff.png", b"\\\\xff.png", b"a\\b.png", "é.png".encode()]
     for name in names:
         with open(os.fsencode(folder) + b"/" + name, "wb") as file:
             file.write(source)
@@ -292,7 +291,7 @@ def test_no_two_files_have_one_name(here: Path, tiny: str, capsys: pytest.Captur
     assert main([*search, "--model", tiny, "-o", "a.png"]) == 0
     query = os.fsdecode(os.fsencode(folder) + b"/\xff.png")
     capsys.readouterr()
-    assert main([*search, query, "--model", tiny, "--json", "a.json", "--keep-query"]) == 0
+    assert main([*search[:2], query, *search[2:], "--model", tiny, "--json", "a.json", "--keep-query"]) == 0
     (row,) = json.loads((here / "a.json").read_text())["results"]
     assert row["neighbours"][0]["query"].endswith("odd/\\xff.png")
 

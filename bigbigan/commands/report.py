@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from bigbigan.commands.options import Commands, add_command, add_output
-from bigbigan.files import OutputError, atomic_write, file_name
-from bigbigan.outputs import PICTURE, REPORT, check_output, claim
+from bigbigan.files import atomic_write, file_name
+from bigbigan.outputs import PICTURE, PLOT, REPORT, claim
 
 logger = logging.getLogger(__name__)
 
@@ -46,8 +46,7 @@ def _report(arguments: argparse.Namespace) -> int:
     from bigbigan.evaluation.plots import draw_group, draw_runs
     from bigbigan.evaluation.report import group_records, markdown_report
 
-    files, folders = _find(list(map(Path, arguments.inputs)))
-    records, runs = _read(files, folders)
+    records, runs = _read(list(map(Path, arguments.inputs)))
     groups = group_records(records)
     lines = [f"# {arguments.title}", ""]
     if not arguments.output:
@@ -56,7 +55,6 @@ def _report(arguments: argparse.Namespace) -> int:
         print("\n".join(lines), end="")
         return 0
     output = Path(arguments.output)
-    check_output(output, REPORT, [*files, *(folder / "metrics.jsonl" for folder in folders)])
     with contextlib.ExitStack() as stack:
         earlier = output.read_text(encoding="utf-8") if output.exists() else ""
         pictures: dict[int, str] = {}
@@ -78,15 +76,9 @@ def _report(arguments: argparse.Namespace) -> int:
 
 
 def _claim_plot(stack: contextlib.ExitStack, output: Path, name: str, earlier: str) -> Path:
-    """The place of a plot: new, or that of a plot which the `earlier` document shows.
-
-    Raises:
-        OutputError: another picture is there.
-    """
+    """The place of a plot beside the document. Plots of earlier versions carry no mark, but the document shows them."""
     picture = output.with_name(f"{output.stem}-{name}.png")
-    if picture.exists() and picture.name not in _shown(earlier):
-        raise OutputError(f"{picture} exists and is not of an earlier {output}: move it away, or name another document")
-    stack.enter_context(claim(picture, PICTURE))
+    stack.enter_context(claim(picture, PICTURE if picture.name in _shown(earlier) else PLOT))
     return picture
 
 
@@ -94,20 +86,13 @@ def _shown(document: str) -> set[str]:
     return set(re.findall(r"^!\[[^\]]*\]\((.+\.png)\)$", document, re.MULTILINE))
 
 
-def _find(inputs: list[Path]) -> tuple[list[Path], list[Path]]:
-    """Files of records, and folders of runs."""
-    from bigbigan.evaluation.report import find_records
+def _read(inputs: list[Path]) -> tuple[dict[str, dict[str, Any]], dict[str, list[dict[str, Any]]]]:
+    """Records and runs by short names that tell them apart."""
+    from bigbigan.evaluation.plots import read_run
+    from bigbigan.evaluation.report import find_records, read_record
 
     runs = [path for path in inputs if (path / "metrics.jsonl").is_file()]
     files = [file for path in inputs if path not in runs for file in (find_records(path) if path.is_dir() else [path])]
-    return files, runs
-
-
-def _read(files: list[Path], runs: list[Path]) -> tuple[dict[str, dict[str, Any]], dict[str, list[dict[str, Any]]]]:
-    """Records and runs by short names that tell them apart."""
-    from bigbigan.evaluation.plots import read_run
-    from bigbigan.evaluation.report import read_record
-
     return (
         {name: read_record(path) for name, path in _short_names(files).items()},
         {name: read_run(path) for name, path in _short_names(runs).items()},

@@ -19,15 +19,22 @@ import numpy as np
 import torch
 import torch.distributed
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import safe_open
 from torch import Tensor
 from tqdm import tqdm
 
 from bigbigan.config import PreprocessConfig
 from bigbigan.evaluation.feature_files import feature_writer
 from bigbigan.evaluation.features import OUTPUTS, BatchEncoder, digest
-from bigbigan.files import TEMPORARY, atomic_write, file_name, foreign, remove_own, sync
+from bigbigan.evaluation.pieces import (
+    WORK_FILES,
+    Piece,
+    finished_pieces,
+    open_work_folder,
+    resumable,
+    save_piece,
+)
+from bigbigan.files import atomic_write, file_name, remove_own, sync
 from bigbigan.fuse import FusedPart
 from bigbigan.images import BadImageError, list_images, preprocess
 from bigbigan.model import BigBiGAN, indexed_noise
@@ -36,13 +43,9 @@ from bigbigan.schema import to_dict
 from bigbigan.workers import default_workers, run_jobs
 
 PIECE_ROWS = 256  # what a kill may cost
-PIECE_NAME = "{:06d}.safetensors"
 LARGE = 128  # side of images from which encoding one takes many times as long as reading it
 _CHUNK = 8  # images that a worker hands over at a time
 _DISTRIBUTION = ("z_mean", "z_stdev")
-_MANIFEST_TEMPORARY = rf"\.manifest\.json{TEMPORARY}"
-# Everything that OUTPUT.partial holds.
-_WORK_FILES = rf"manifest\.json|{_MANIFEST_TEMPORARY}|whole|[0-9]+/|[0-9]+/\.?[0-9]{{6,}}\.safetensors({TEMPORARY})?"
 
 logger = logging.getLogger(__name__)
 
@@ -132,99 +135,74 @@ def encode_files(
         if rank == 0:
             stack.enter_context(claim(output, FEATURES, files.values()))
             check_output(_beside(output, "failures.jsonl"), FAILURES, files.values())
-        return _encode_files(
-            model, files, output, outputs, batch_size, seed, workers, rank, world_size, progress, options
-        )
+        names, work = list(files), _beside(output, "partial")
+        write = feature_writer(output, names)
+        wanted = BatchEncoder(model, outputs, batch_size, seed).widths
+        # Which row an image will be, and so its noise, is known when all of those before it are read.
+        stored = dict.fromkeys(name for name in (*wanted, *_DISTRIBUTION) if name != "z_sample")
+        encode = BatchEncoder(model, [*stored] if "z_sample" in wanted else [*wanted], batch_size, seed)
+        manifest = {
+            "format": 2,
+            "encoder": digest(encode.network),
+            "files": _listing_digest(files),
+            "outputs": list(wanted),
+            "batch size": batch_size,
+            "processes": world_size,
+            "preprocessing": to_dict(model.config.preprocess) | json.loads(json.dumps(options)),
+            "device": model.device.type,
+            "fused": isinstance(encode.network, FusedPart),
+        }
+        if rank == 0:
+            open_work_folder(work, manifest)
+        _wait(world_size)
+        bounds = [i * len(names) // world_size for i in range(world_size + 1)]  # of the shards
+        own = work / f"{rank}"
+        own.mkdir(exist_ok=True)
+        pieces = finished_pieces(own)
+        start = pieces[-1].stop if pieces else bounds[rank]
+        if pieces:
+            progressed = start - bounds[rank], bounds[rank + 1] - bounds[rank]
+            logger.info("going on from %s: %d of %d images are done", own, *progressed)
+        _check_room(work, (2 * len(names) - sum(piece.rows for piece in pieces)) * 4 * sum(encode.widths.values()))
+        resumed = sum(_gather(sum(piece.rows for piece in pieces), world_size))
+        read = partial(_read, model.config.preprocess, model.config.image_channels, options)
+        todo = list(files.values())[start : bounds[rank + 1]]
+        images: Iterable[Read] = _read_ahead(read, todo, _workers(workers, len(todo), model), 2 * batch_size)
+        shown = progress and rank == 0
+        images = tqdm(images, total=bounds[rank + 1] - bounds[rank], initial=start - bounds[rank], unit="img",
+                      disable=None if shown else True)  # fmt: skip
+        with resumable(work):
+            for stop, failed, rows in _encode_pieces(encode, images, start):
+                pieces.append(save_piece(own, len(pieces), stop, failed, rows))
+
+        _wait(world_size)
+        pieces = []
+        for i in range(world_size):
+            share = finished_pieces(work / f"{i}")
+            if (share[-1].stop if share else bounds[i]) != bounds[i + 1]:
+                raise OSError(f"a piece in {work} was damaged after it was written: run the same command again")
+            pieces += share
+        reasons = dict(entry for piece in pieces for entry in piece.failed)
+        good = [name for index, name in enumerate(names) if index not in reasons]
+        report = EncodeReport(len(good), [(names[index], reason) for index, reason in sorted(reasons.items())], resumed)
+        _wait(world_size)  # all have read the pieces
+        if rank == 0:
+            with resumable(work):
+                _write_failures(_beside(output, "failures.jsonl"), report.failed)
+                if good:
+                    whole = work / "whole"  # not beside the output, where a kill would leave it
+                    write(whole, good, wanted, partial(_rows, pieces, model.dtype, seed))
+                    sync(whole)
+                    check_output(output, FEATURES)  # once more: hours may have passed
+                    os.replace(whole, output)
+                    sync(output.parent)
+            remove_own(work, WORK_FILES)
+        _wait(world_size)
+        return report
 
 
 def _beside(output: Path, end: str) -> Path:
     return output.with_name(f"{output.name}.{end}")
-
-
-def _encode_files(
-    model: BigBiGAN,
-    files: Mapping[str, Path],
-    output: Path,
-    outputs: Sequence[str],
-    batch_size: int,
-    seed: int,
-    workers: int | None,
-    rank: int,
-    world_size: int,
-    progress: bool,
-    options: dict[str, Any],
-) -> EncodeReport:
-    names, work = list(files), _beside(output, "partial")
-    write = feature_writer(output, names)
-    wanted = BatchEncoder(model, outputs, batch_size, seed).widths
-    # Which row an image will be, and so its noise, is known when all of those before it are read.
-    stored = dict.fromkeys(name for name in (*wanted, *_DISTRIBUTION) if name != "z_sample")
-    encode = BatchEncoder(model, [*stored] if "z_sample" in wanted else [*wanted], batch_size, seed)
-    manifest = {
-        "format": 2,
-        "encoder": digest(encode.network),
-        "files": _listing_digest(files),
-        "outputs": list(wanted),
-        "batch size": batch_size,
-        "processes": world_size,
-        "preprocessing": to_dict(model.config.preprocess) | json.loads(json.dumps(options)),
-        "device": model.device.type,
-        "fused": isinstance(encode.network, FusedPart),
-    }
-    if rank == 0:
-        _open_work_folder(work, manifest)
-    _wait(world_size)
-    bounds = [i * len(names) // world_size for i in range(world_size + 1)]  # of the shards
-    own = work / f"{rank}"
-    own.mkdir(exist_ok=True)
-    pieces = _finished_pieces(own)
-    start = pieces[-1].stop if pieces else bounds[rank]
-    if pieces:
-        done, share = start - bounds[rank], bounds[rank + 1] - bounds[rank]
-        logger.info("going on from %s: %d of %d images are done", own, done, share)
-    _check_room(work, (2 * len(names) - sum(piece.rows for piece in pieces)) * 4 * sum(encode.widths.values()))
-    resumed = sum(_gather(sum(piece.rows for piece in pieces), world_size))
-    read = partial(_read, model.config.preprocess, model.config.image_channels, options)
-    todo = list(files.values())[start : bounds[rank + 1]]
-    images: Iterable[Read] = _read_ahead(read, todo, _workers(workers, len(todo), model), 2 * batch_size)
-    shown = progress and rank == 0
-    images = tqdm(images, total=bounds[rank + 1] - bounds[rank], initial=start - bounds[rank], unit="img",
-                  disable=None if shown else True)  # fmt: skip
-    with _resumable(work):
-        for stop, failed, rows in _encode_pieces(encode, images, start):
-            pieces.append(_save_piece(own, len(pieces), stop, failed, rows))
-
-    _wait(world_size)
-    pieces = [piece for i in range(world_size) for piece in _finished_pieces(work / f"{i}")]
-    reasons = dict(entry for piece in pieces for entry in piece.failed)
-    good = [name for index, name in enumerate(names) if index not in reasons]
-    report = EncodeReport(len(good), [(names[index], reason) for index, reason in sorted(reasons.items())], resumed)
-    _wait(world_size)  # all have read the pieces
-    if rank == 0:
-        with _resumable(work):
-            _write_failures(_beside(output, "failures.jsonl"), report.failed)
-            if good:
-                whole = work / "whole"  # not beside the output, where a kill would leave it
-                write(whole, good, wanted, partial(_rows, pieces, model.dtype, seed))
-                sync(whole)
-                check_output(output, FEATURES)  # once more: hours may have passed
-                os.replace(whole, output)
-                sync(output.parent)
-        remove_own(work, _WORK_FILES)
-    _wait(world_size)
-    return report
-
-
-@contextlib.contextmanager
-def _resumable(work: Path) -> Iterator[None]:
-    """Errors of the disk say that the same command continues."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno is None:  # not of the disk
-            raise
-        hint = f"{error.strerror}. Finished work is kept in {work}: make room, then run the same command again"
-        raise OSError(error.errno, hint, error.filename or os.fspath(work)) from error
 
 
 def _wait(world_size: int) -> None:
@@ -240,7 +218,7 @@ def _gather(value: int, world_size: int) -> list[int]:
     return found
 
 
-def _rows(pieces: Sequence[_Piece], dtype: torch.dtype, seed: int, name: str) -> Iterator[NDArray[np.float32]]:
+def _rows(pieces: Sequence[Piece], dtype: torch.dtype, seed: int, name: str) -> Iterator[NDArray[np.float32]]:
     """An output, piece by piece; z_sample from mean and deviation and each row's own noise, as the encoder does it."""
     row = 0
     for piece in pieces:
@@ -317,74 +295,6 @@ def _encode_pieces(
     flush()
     if batches or failed:
         yield stop, failed, rows()
-
-
-@dataclass(frozen=True)
-class _Piece:
-    path: Path
-    rows: int
-    stop: int  # files up to this one are done
-    failed: list[tuple[int, str]]  # index of the file, reason
-
-
-def _save_piece(work: Path, number: int, stop: int, failed: list[tuple[int, str]], rows: dict[str, Tensor]) -> _Piece:
-    path = work / PIECE_NAME.format(number)
-    with atomic_write(path) as temporary:  # by Python, whose errors say what the disk said
-        temporary.write_bytes(save(rows, {"stop": str(stop), "failed": json.dumps(failed)}))
-    return _Piece(path, len(next(iter(rows.values()))), stop, failed)
-
-
-def _finished_pieces(work: Path) -> list[_Piece]:
-    """Those before the first damaged one, from which on all are removed, to be computed again."""
-    pieces: list[_Piece] = []
-    while (path := work / PIECE_NAME.format(len(pieces))).exists():
-        try:
-            with safe_open(path, framework="np") as file:
-                metadata, name = file.metadata(), next(iter(file.keys()))
-                failed = [(index, reason) for index, reason in json.loads(metadata["failed"])]
-                pieces.append(_Piece(path, file.get_slice(name).get_shape()[0], int(metadata["stop"]), failed))
-        except (SafetensorError, StopIteration, TypeError, KeyError, ValueError) as error:
-            logger.warning("%s is damaged (%s): it and what follows it are computed again", path, error)
-            for number in itertools.count(len(pieces)):
-                if not (damaged := work / PIECE_NAME.format(number)).exists():
-                    return pieces
-                damaged.unlink()
-    return pieces
-
-
-def _open_work_folder(work: Path, manifest: dict[str, Any]) -> None:
-    """Leaves `work` with this manifest, and with pieces only if they belong to it.
-
-    Raises:
-        FileExistsError: it is a link or a file, or holds anything but the unfinished work of an earlier call.
-    """
-    path = work / "manifest.json"
-    if work.is_symlink() or (work.exists() and not work.is_dir()):
-        raise FileExistsError(f"{work} is needed as a folder for unfinished work: move what is there away")
-    if work.exists():
-        found = _read_manifest(path)
-        if strangers := foreign(work, _MANIFEST_TEMPORARY if found is None else _WORK_FILES):
-            raise FileExistsError(
-                f"{work} is needed for unfinished work and holds other files ({', '.join(strangers[:3])}): move it away"
-            )
-        if found == manifest:
-            return
-        if found is not None:
-            changed = sorted(key for key in found.keys() | manifest if found.get(key) != manifest.get(key))
-            logger.warning("%s was written with other settings (%s): starting afresh", work, ", ".join(changed))
-        remove_own(work, _WORK_FILES)
-    with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(manifest), encoding="utf-8")
-
-
-def _read_manifest(path: Path) -> dict[str, Any] | None:
-    """None where there is none, or somebody else's."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError, RecursionError):
-        return None
-    known = {"format", "encoder", "files", "outputs", "batch size"}
-    return found if isinstance(found, dict) and known <= set(found) else None
 
 
 def _write_failures(path: Path, failed: list[tuple[str, str]]) -> None:
