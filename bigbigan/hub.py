@@ -74,7 +74,7 @@ def load(
     "float16"; by default weights keep their files' dtype. `cache_dir`, `token` and `local_files_only` go to the Hub's
     client, which has settings of its own besides (HF_HOME, HF_HUB_OFFLINE, HF_ENDPOINT, HF_TOKEN). With `fuse` the
     model is in its fused form (`BigBiGAN.fuse`). Weights are memory-mapped unless `mmap` is false: do not change files
-    place while a model from them is in use.
+    in place while a model from them is in use.
 
     Raises:
         ValueError: for a name that means nothing, or a part that the model lacks.

@@ -8,7 +8,8 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from bigbigan.config import (
     ordered_parts,
     select_parts,
 )
-from bigbigan.files import atomic_write, sync
+from bigbigan.files import TEMPORARY, OutputError, atomic_write, hold, sync
 from bigbigan.fuse import fuse as fuse_part
 from bigbigan.integrity import (
     DTYPES,
@@ -42,14 +43,26 @@ from bigbigan.integrity import (
 )
 from bigbigan.model import PART_CLASSES, BigBiGAN
 from bigbigan.modelcard import flatten, model_card
+from bigbigan.outputs import lock_beside
 from bigbigan.schema import ConfigError, from_dict, to_dict
 
-__all__ = ["FileEntry", "FolderConfig", "WeightsError", "load_folder", "model_card", "read_config", "save_folder"]
+__all__ = [
+    "FileEntry",
+    "FolderConfig",
+    "WeightsError",
+    "claim_folder",
+    "load_folder",
+    "model_card",
+    "read_config",
+    "save_folder",
+]
 
 logger = logging.getLogger(__name__)
 
 CONFIG_NAME, CARD_NAME = "config.json", "README.md"
 FORMAT = "bigbigan-model/1"
+# Regular expression of what a model folder holds, also while it is written.
+FOLDER_FILES = rf"\.?(config\.json|README\.md|({'|'.join(PARTS)})\.safetensors)({TEMPORARY})?"
 
 
 @dataclass(frozen=True)
@@ -278,6 +291,20 @@ def _changes(header: Header, part: str, config: BigBiGANConfig) -> str:
     return "; ".join(facts[:3])
 
 
+@contextmanager
+def claim_folder(folder: str | os.PathLike[str]) -> Iterator[None]:
+    """Keeps the place of a model folder for this process, from the start of the work to the end of the save.
+
+    Raises:
+        FileExistsError: the folder holds anything but a model folder.
+        OutputError: another process is writing it.
+    """
+    folder = Path(folder).resolve()
+    _check_replaceable(folder)
+    with hold(lock_beside(folder), OutputError(f"another process is writing {folder}; wait, or name another folder")):
+        yield
+
+
 def save_folder(model: BigBiGAN, folder: str | os.PathLike[str], *, card: str | None = None) -> None:
     """Writes a model folder with the parts that the model has; `card` is the text of README.md.
 
@@ -288,8 +315,14 @@ def save_folder(model: BigBiGAN, folder: str | os.PathLike[str], *, card: str | 
         WeightsError: if weights are not finite, of mixed or unsupported dtype, or not in the plain inference form.
         ConfigError: if the model's description does not fit into `config.json`.
         FileExistsError: if the folder holds anything but a model folder.
+        OutputError: if another process is writing it.
     """
     folder = Path(folder).resolve()
+    with claim_folder(folder):
+        _save(model, folder, card)
+
+
+def _save(model: BigBiGAN, folder: Path, card: str | None) -> None:
     states = {part: _plain_state(model, part) for part in model.parts}
     _recover(folder)
     _check_replaceable(folder)

@@ -21,6 +21,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 import bigbigan
+from bigbigan import files
 from bigbigan.discriminator import DiscriminatorOutput
 from bigbigan.layers import SpectralNorm, advance_spectral_norm
 from bigbigan.presets import PRESETS
@@ -363,8 +364,8 @@ def test_settings_can_be_corrected_until_there_is_a_checkpoint(photos: Path, tmp
 
 def test_a_killed_process_leaves_its_run_to_the_next_though_its_workers_live(tmp_path: Path) -> None:
     code = (
-        "import os, sys, time, pathlib; from bigbigan.training.runfolder import hold\n"
-        "with hold(pathlib.Path(sys.argv[1])):\n"
+        "import os, sys, time, pathlib; from bigbigan.training.runfolder import claim_run\n"
+        "with claim_run(pathlib.Path(sys.argv[1])):\n"
         "    if os.fork(): print('held', flush=True)\n"
         "    time.sleep(60)"
     )
@@ -372,11 +373,11 @@ def test_a_killed_process_leaves_its_run_to_the_next_though_its_workers_live(tmp
     with subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True) as process:
         try:
             assert process.stdout is not None and process.stdout.readline() == b"held\n"
-            with pytest.raises(ConfigError, match="another process trains in"), runfolder.hold(tmp_path):
+            with pytest.raises(ConfigError, match="another process trains in"), runfolder.claim_run(tmp_path):
                 pass
             process.kill()
             process.wait()
-            with runfolder.hold(tmp_path):
+            with runfolder.claim_run(tmp_path):
                 pass
         finally:
             os.killpg(process.pid, signal.SIGKILL)
@@ -385,13 +386,13 @@ def test_a_killed_process_leaves_its_run_to_the_next_though_its_workers_live(tmp
 def test_a_file_system_without_locks_is_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def refuse(*_: object) -> None:
+    def refuse(*_: object, **__: object) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
-    monkeypatch.setattr(runfolder, "_lock", refuse)
-    with runfolder.hold(tmp_path):
+    monkeypatch.setattr(files, "_lock", refuse)
+    with runfolder.claim_run(tmp_path):
         pass
-    assert f"{tmp_path} cannot be locked" in caplog.text
+    assert f"{tmp_path}/.lock cannot be locked" in caplog.text
 
 
 @pytest.mark.slow

@@ -12,12 +12,14 @@ from bigbigan.commands.options import (
     Commands,
     add_command,
     add_model_options,
+    add_output,
     choose_device,
     open_model,
     positive,
     set_threads,
 )
 from bigbigan.commands.records import DATA, ENDING, add_record_option, add_workers_option, make_record, print_record
+from bigbigan.outputs import STATISTICS
 
 if TYPE_CHECKING:
     from bigbigan.evaluation.feature_networks import FeatureNetwork
@@ -59,7 +61,13 @@ def add_generation(protocols: Commands) -> None:
     reference.add_argument("--data", metavar="PATH", help="real images; needed unless --statistics has them")
     reference.add_argument("--split", default="train", help="(default: %(default)s); train[:10000] is a part of it")
     reference.add_argument("--statistics", metavar="FILE", help="mean and covariance from --save-statistics; no KID")
-    reference.add_argument("--save-statistics", metavar="FILE", help="those of the reference: .npz or .safetensors")
+    add_output(
+        reference,
+        "--save-statistics",
+        kind=STATISTICS,
+        metavar="FILE",
+        help="those of the reference: .npz or .safetensors",
+    )
     scores = parser.add_argument_group("scores")
     scores.add_argument("--network", default="inception", metavar="NETWORK", help="(default: %(default)s)")
     scores.add_argument(

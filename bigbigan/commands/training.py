@@ -337,8 +337,9 @@ def find_snapshot(run: Path, which: str) -> Path:
         ValueError: there is none.
     """
     from bigbigan.modelfolder import read_config
+    from bigbigan.training.runfolder import find_snapshots
 
-    found = sorted((run / "snapshots").glob("images-*"))
+    found = find_snapshots(run)
     if not found:
         raise ValueError(f"{run} has no snapshots yet: resume it with --max-minutes 1, which ends with one")
     if which == "last":
@@ -368,8 +369,9 @@ def _export(arguments: argparse.Namespace) -> int:
     training = to_dict(read_run_config(run))
     del training["model"]  # the folder has it as its architecture
     snapshot = find_snapshot(run, arguments.snapshot)
-    if output.resolve().is_relative_to(run.resolve() / "snapshots"):
-        raise ValueError(f"{output} is among the run's own snapshots; name another folder")
+    own = [run.resolve() / name for name in ("checkpoints", "samples", "snapshots")]
+    if any(output.resolve().is_relative_to(place) for place in own):
+        raise ValueError(f"{output} is among the run's own files; name another folder")
     model = modelfolder.load_folder(snapshot)
     data = json.loads((run / "config.json").read_text(encoding="utf-8"))["data"]
     notes = dict(_key_value(note) for note in arguments.notes)

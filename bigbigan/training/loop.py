@@ -38,8 +38,8 @@ from bigbigan.training.latents import draw_latents
 from bigbigan.training.monitor import Monitor
 from bigbigan.training.runfolder import (
     check_same_run,
+    claim_run,
     describe,
-    hold,
     keep_snapshot,
     prepare,
     snapshot_name,
@@ -99,8 +99,8 @@ def train(
         tensorboard: also write `tensorboard/` in the run folder.
 
     Raises:
-        ConfigError: the folder holds a run with another configuration or other data, `init` has other networks, or
-            another process trains there.
+        ConfigError: the folder holds a run with another configuration or other data, or is neither new, nor empty, nor
+            a run; `init` has other networks; or another process trains there.
         ValueError: an argument is out of range; the batch does not split over the processes; too many images are
             unreadable.
         FloatingPointError: a loss or a weight is not finite; the last checkpoint stands.
@@ -113,7 +113,7 @@ def train(
     deadline = time.monotonic() + 60 * max_minutes
     with join_processes(device, timeout_minutes) as processes, contextlib.ExitStack() as stack:
         check_split(config, processes)
-        processes.on_main(lambda: stack.enter_context(hold(Path(run))))
+        processes.on_main(lambda: stack.enter_context(claim_run(Path(run))))
         state = _Run(config, data, Path(run), processes, keep, keep_snapshots, workers, init)
         stack.callback(state.batches.close)
         if tensorboard and processes.is_main:
