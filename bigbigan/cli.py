@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import logging
 import os
 import sys
@@ -12,7 +13,7 @@ from contextlib import contextmanager
 
 from bigbigan._version import __version__
 from bigbigan.commands import conversion, encode, evaluation, models, onnx, pictures, report, training
-from bigbigan.commands.options import help_formatter
+from bigbigan.commands.options import claim_outputs, help_formatter
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -36,9 +37,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     arguments.argv = list(sys.argv[1:] if argv is None else argv)  # for records of what was measured
     label = f"bigbigan {arguments.verb}"
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="surrogateescape")  # names of files that are no text come out as they are
     with _messages(label, logging.WARNING if getattr(arguments, "quiet", False) else logging.INFO):
         try:
-            code = arguments.run(arguments)
+            with claim_outputs(arguments):
+                code = arguments.run(arguments)
             sys.stdout.flush()
         except BrokenPipeError:  # `bigbigan list | head -1`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that flushing at exit is quiet

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bigbigan.images import to_pil
 
+MAX_GRID_PIXELS = 250_000_000  # a gigabyte of memory
 CELL = 64  # pixels of a small image's side in a picture that people look at
 
 
@@ -30,18 +31,35 @@ def make_grid(images: Tensor, columns: int | None = None, gap: int = 2, scale: i
     Raises:
         ValueError: no images, a number out of range, or as `to_pil`.
     """
+    columns, size = grid_layout(len(images), (images.shape[-2], images.shape[-1]), columns, gap, scale)
     pictures = to_pil(images)
-    number, (height, width) = len(pictures), (scale * side for side in images.shape[2:])
-    columns = math.isqrt(max(number - 1, 0)) + 1 if columns is None else min(columns, number)
-    if number < 1 or columns < 1 or gap < 0 or scale < 1:
-        raise ValueError(f"cannot lay out {number} images in {columns} columns with gap {gap} and scale {scale}")
-    rows = math.ceil(number / columns)
-    size = (columns * (width + gap) - gap, rows * (height + gap) - gap)
+    height, width = (scale * side for side in images.shape[2:])
     canvas = Image.new(pictures[0].mode, size, "white")
     for index, picture in enumerate(pictures):
         corner = (index % columns * (width + gap), index // columns * (height + gap))
         canvas.paste(picture.resize((width, height), Image.Resampling.NEAREST), corner)
     return canvas
+
+
+def grid_layout(
+    number: int, shape: tuple[int, int], columns: int | None = None, gap: int = 2, scale: int = 1
+) -> tuple[int, tuple[int, int]]:
+    """The columns, and the (width, height) in pixels, that `make_grid` gives `number` images of `shape` (H, W).
+
+    Raises:
+        ValueError: no images, a number out of range, or a picture of more than MAX_GRID_PIXELS.
+    """
+    columns = math.isqrt(max(number - 1, 0)) + 1 if columns is None else min(columns, number)
+    if number < 1 or columns < 1 or gap < 0 or scale < 1:
+        raise ValueError(f"cannot lay out {number} images in {columns} columns with gap {gap} and scale {scale}")
+    rows, (height, width) = math.ceil(number / columns), shape
+    size = (columns * (scale * width + gap) - gap, rows * (scale * height + gap) - gap)
+    if size[0] * size[1] > MAX_GRID_PIXELS:
+        raise ValueError(
+            f"{number} images of {width} x {height} pixels, enlarged {scale} times, make a picture of {size[0]} x "
+            f"{size[1]}; it may have {MAX_GRID_PIXELS:,} pixels at most: take fewer images or a smaller scale"
+        )
+    return columns, size
 
 
 def match_size(images: Tensor, like: Tensor) -> Tensor:

@@ -65,6 +65,7 @@ def load(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | str | None = None,
     fuse: bool = False,
+    mmap: bool = True,
 ) -> BigBiGAN:
     """A model in eval mode; without a name the one inside the package.
 
@@ -72,7 +73,8 @@ def load(
     repository), or "org/name" on the Hugging Face Hub, also "org/name@revision". `dtype` is torch's or a text such as
     "float16"; by default weights keep their files' dtype. `cache_dir`, `token` and `local_files_only` go to the Hub's
     client, which has settings of its own besides (HF_HOME, HF_HUB_OFFLINE, HF_ENDPOINT, HF_TOKEN). With `fuse` the
-    model is in its fused form (`BigBiGAN.fuse`).
+    model is in its fused form (`BigBiGAN.fuse`). Weights are memory-mapped unless `mmap` is false: do not change files
+    in place while a model from them is in use.
 
     Raises:
         ValueError: for a name that means nothing, or a part that the model lacks.
@@ -83,7 +85,14 @@ def load(
     folder, checked = _locate(name, _Repository("", revision, cache_dir, token, local_files_only), parts)
     embedded = folder == _embedded()
     return modelfolder.load_folder(
-        folder, parts=parts, device=device, dtype=dtype, verify=not checked, remember=not embedded, fuse=fuse
+        folder,
+        parts=parts,
+        device=device,
+        dtype=dtype,
+        verify=not checked,
+        remember=not embedded,
+        fuse=fuse,
+        mmap=mmap,
     )
 
 
@@ -175,15 +184,17 @@ def _preset(name: str, client: _Repository, parts: Sequence[str] | None) -> tupl
 
 def _from_hub(source: _Repository, entry: HubEntry | None, parts: Sequence[str] | None) -> Path:
     """The snapshot folder with `config.json` and the wanted parts, all of one commit, verified."""
-    path = _download(source, modelfolder.CONFIG_NAME)
-    with _discarding(path):
-        described = modelfolder.read_config(path)
-    folder = path.parent
+    config_path = _download(source, modelfolder.CONFIG_NAME)
+    with _discarding(config_path):
+        described = modelfolder.read_config(config_path)
+    folder = config_path.parent
     if COMMIT.fullmatch(folder.name):  # a branch may move between two downloads
         source = replace(source, revision=folder.name)
     for part in select_parts(parts, described.files, source.repo_id):
         path, file = _download(source, modelfolder.weight_file(part)), described.files[part]
-        with _discarding(path):
+        # The wrong one of the two may be config.json: a branch that moved between the client's two requests for it
+        # leaves one commit's file under another's name.
+        with _discarding(path, config_path):
             if entry is not None and entry.sha256.get(part) != file.sha256:
                 raise WeightsError(f"{path} is not the registered {part}: sha256 {file.sha256}")
             integrity.read_header(path)
@@ -192,15 +203,16 @@ def _from_hub(source: _Repository, entry: HubEntry | None, parts: Sequence[str] 
 
 
 @contextmanager
-def _discarding(path: Path) -> Iterator[None]:
-    """Removes a downloaded file that proves bad, so that the next call fetches it anew."""
+def _discarding(*paths: Path) -> Iterator[None]:
+    """Removes downloaded files that prove bad or do not fit each other, so that the next call fetches them anew."""
     try:
         yield
     except (ConfigError, WeightsError) as error:
-        blob = path.resolve()  # the cache has the content in blobs/, and a link to it in snapshots/
-        for file in (path, blob):
-            file.unlink(missing_ok=True)
-        advice = "The file was removed from the cache: load again to download it anew"
+        for path in paths:
+            blob = path.resolve()  # the cache has the content in blobs/, and a link to it in snapshots/
+            for file in (path, blob):
+                file.unlink(missing_ok=True)
+        advice = "What was downloaded was removed from the cache: load again to download it anew"
         raise type(error)(f"{error}. {advice}") from error
 
 

@@ -27,6 +27,7 @@ import stat
 import threading
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeGuard
 
@@ -41,10 +42,14 @@ from bigbigan.listing import IMAGE_SUFFIXES as IMAGE_SUFFIXES
 from bigbigan.listing import asset_images as asset_images
 from bigbigan.listing import list_images as list_images
 
+Box = tuple[int, int, int, int]
 ImageLike = str | os.PathLike[str] | Image.Image | NDArray[Any] | torch.Tensor
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "DIB")  # DIB: BMP without a file header
 MAX_PIXELS = 64_000_000
+DRAFT_PIXELS = 16_000_000  # larger JPEGs are decoded at a fraction of their size where all of it is not needed
+_BAND_PIXELS = 2_000_000  # converted at a time: large pictures take little more memory than they and their result do
+_MAX_DEFLATE = 1032  # bytes that one byte of a PNG's data can stand for
 WHITE = (255, 255, 255)
 _SAVE_OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     ".png": ("PNG", {}),
@@ -93,18 +98,23 @@ def read_image(
         BadImageError: unreadable, damaged, of another format, more than `max_pixels` (checked before decoding),
             or with a side under 2 pixels.
     """
+    return _read(source, max_pixels, background, None)
+
+
+def _read(source: ImageLike, max_pixels: int, background: tuple[int, int, int], cut: _Cut | None) -> Image.Image:
+    """As `read_image`, or only the part that `cut` needs."""
     if len(background) != 3 or not all(isinstance(value, int) and 0 <= value <= 255 for value in background):
         raise ValueError(f"background is {background!r}; give three integers from 0 to 255")
     path = None
     try:
         if isinstance(source, Image.Image):
             path = str(getattr(source, "filename", "")) or None
-            return _flatten(source, path, max_pixels, background)
+            return _flatten(source, path, max_pixels, background, cut)
         if isinstance(source, np.ndarray | torch.Tensor):
             pixels = _pixels(source)
             if pixels.ndim != 3:
                 raise BadImageError(None, f"shape {list(source.shape)} is a batch; one picture is needed here")
-            return _flatten(_from_pixels(pixels), None, max_pixels, background)
+            return _flatten(_from_pixels(pixels), None, max_pixels, background, cut)
         if not isinstance(source, str | os.PathLike):
             raise BadImageError(
                 None, f"{type(source).__name__} is no picture; give a path, a Pillow image or a uint8 array"
@@ -112,7 +122,9 @@ def read_image(
         path = os.fspath(source)
         _check_regular(path)
         with open(path, "rb") as stream, _open(stream, path) as image:
-            return _flatten(image, path, max_pixels, background)
+            _check_size(*image.size, path, max_pixels)
+            _check_content(image, path, os.fstat(stream.fileno()).st_size)
+            return _flatten(image, path, max_pixels, background, cut)
     except BadImageError:
         raise
     # Damaged files escape Pillow's decoders as OSError, ValueError, SyntaxError, struct.error, TypeError, IndexError,
@@ -153,11 +165,87 @@ def _check_size(width: int, height: int, path: str | None, max_pixels: int) -> N
         raise BadImageError(path, f"{width} x {height} pixels, more than max_pixels={max_pixels}")
 
 
-def _flatten(image: Image.Image, path: str | None, max_pixels: int, background: tuple[int, int, int]) -> Image.Image:
+def _check_content(image: Image.Image, path: str, size: int) -> None:
+    """Refuses a header that lies, before memory is taken for what it promises."""
+    width, height = image.size
+    if image.format == "PNG" and width * height > 8 * _MAX_DEFLATE * size:  # a bit a pixel is the least
+        raise BadImageError(path, f"{width} x {height} pixels by its header, more than {size} bytes of PNG can hold")
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """The crop that `preprocess` takes of a picture, and the size that it is then scaled to."""
+
+    crop: str
+    size: int
+
+    def box(self, width: int, height: int) -> Box:
+        """Left, top, right, bottom of the crop of an upright picture."""
+        if self.crop == "none" or (width, height) == (self.size, self.size):
+            return 0, 0, width, height
+        edge = min(width, height)
+        side = edge if self.crop == "center" else max(1, edge * self.size // (self.size + 32))
+        # An odd remainder goes to the left and top, as in TensorFlow's resnet_preprocessing.py.
+        left, top = ((length - side + 1) // 2 for length in (width, height))
+        return left, top, left + side, top + side
+
+    def draft(self, image: Image.Image) -> None:
+        """Has a large JPEG decoded at 1/2, 1/4 or 1/8, but at no less than four times what is left of it in the end."""
+        if image.format == "JPEG" and image.size[0] * image.size[1] > DRAFT_PIXELS:
+            left, top, right, bottom = self.box(*image.size)
+            edge = round(4 * self.size * min(image.size) / min(right - left, bottom - top))
+            image.draft(image.mode, (edge, edge))
+
+
+def _stored(box: Box, size: tuple[int, int], orientation: Any) -> Box:
+    """Where a box of the upright picture lies in the picture of `size` as it is stored."""
+    left, top, right, bottom = box
+    if orientation in (5, 6, 7, 8):
+        left, top, right, bottom = top, left, bottom, right
+    width, height = size
+    if orientation in (2, 3, 7, 8):
+        left, right = width - right, width - left
+    if orientation in (3, 4, 6, 7):
+        top, bottom = height - bottom, height - top
+    return left, top, right, bottom
+
+
+def _part(image: Image.Image, box: Box) -> Image.Image:
+    """`image` itself, or a copy of a part of it; `Image.crop` warns at Pillow's own limit on size."""
+    left, top, right, bottom = box
+    if box == (0, 0, *image.size):
+        return image
+    return image.resize((right - left, bottom - top), Image.Resampling.NEAREST, box=box)
+
+
+def _flatten(
+    image: Image.Image, path: str | None, max_pixels: int, background: tuple[int, int, int], cut: _Cut | None
+) -> Image.Image:
     """The table of the module's docstring."""
     _check_size(*image.size, path, max_pixels)
+    if cut is not None:
+        cut.draft(image)
     image.load()
     orientation = _orientation(image, path)  # after loading: TIFF turns itself and then forgets the tag
+    if cut is not None:
+        upright = image.size if orientation not in (5, 6, 7, 8) else image.size[::-1]
+        image = _part(image, _stored(cut.box(*upright), image.size, orientation))
+    width, height = image.size
+    rows = max(1, _BAND_PIXELS // width)
+    result = None
+    for top in range(0, height, rows):
+        bottom = min(top + rows, height)
+        band = _flatten_band(_part(image, (0, top, width, bottom)), path, background)
+        if result is None:
+            result = band if bottom == height else Image.new(band.mode, image.size)
+        if band is not result:
+            result.paste(band, (0, top))
+    assert result is not None
+    return result.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else result
+
+
+def _flatten_band(image: Image.Image, path: str | None, background: tuple[int, int, int]) -> Image.Image:
+    """A new picture of some rows of a decoded one, but for its orientation."""
     if image.mode.startswith("I;16"):
         image = _from_16_bit(image)
     if image.mode in ("I", "F"):
@@ -172,7 +260,7 @@ def _flatten(image: Image.Image, path: str | None, max_pixels: int, background: 
     else:
         result = image.convert("L" if grey else "RGB")
     result.info = {}  # a surviving EXIF block would turn the picture again when it is read once more
-    return result.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else result
+    return result
 
 
 def _orientation(image: Image.Image, path: str | None) -> Any:
@@ -182,7 +270,7 @@ def _orientation(image: Image.Image, path: str | None) -> Any:
             Image.Exif().load(image.info["exif"])  # raises what Pillow's JPEG reader met before and kept to itself
         return exif.get(ExifTags.Base.Orientation)
     except Exception as error:  # as open a set as in `read_image`; pixels without EXIF are still a picture
-        warnings.warn(f"{path or 'image'}: unreadable EXIF ignored ({type(error).__name__}: {error})", stacklevel=4)
+        warnings.warn(f"{path or 'image'}: unreadable EXIF ignored ({type(error).__name__}: {error})", stacklevel=5)
         return None
 
 
@@ -265,6 +353,7 @@ def preprocess(
     if not sources:
         raise ValueError("no images given")
     rows, colour = [], False
+    cut = _Cut(crop or config.crop, config.size)
     for index, source in enumerate(sources):
         try:
             if _is_finished(source):
@@ -272,13 +361,13 @@ def preprocess(
                     raise BadImageError(None, "crop and invert do not apply to a float tensor: it is taken as finished")
                 rows.append(_finished(source, finished_shape))
                 continue
-            picture = read_image(source, max_pixels=max_pixels, background=background)
+            picture = _read(source, max_pixels, background, cut)
         except BadImageError as error:
             if error.path or (len(sources) == 1 and not first):
                 raise
             raise BadImageError(f"image {first + index} of the batch", error.reason) from error
         colour |= picture.mode == "RGB"
-        rows.append(_to_input(picture, config, channels, crop or config.crop, invert)[None])
+        rows.append(_to_input(picture, config, channels, invert)[None])
     if colour and channels == 1 and tell_colour:
         hint = "; invert=True helps for dark things on a light ground" if config.polarity == "light-on-dark" else ""
         warnings.warn(f"this model was trained on grey images: colour is converted to grey{hint}", stacklevel=2)
@@ -332,29 +421,16 @@ def _warn_of_unit_range() -> None:
     )
 
 
-def _to_input(picture: Image.Image, config: PreprocessConfig, channels: int, crop: str, invert: bool) -> torch.Tensor:
-    """[channels, S, S] in [-1, 1]."""
-    picture = _scale(picture.convert("L" if channels == 1 else "RGB"), config, crop)
+def _to_input(picture: Image.Image, config: PreprocessConfig, channels: int, invert: bool) -> torch.Tensor:
+    """[channels, S, S] in [-1, 1], of a picture that is cropped already: the filter must see no pixel outside."""
+    mode = "L" if channels == 1 else "RGB"
+    picture = picture if picture.mode == mode else picture.convert(mode)
+    picture = picture.resize((config.size, config.size), Image.Resampling[config.filter.upper()])
     pixels = np.asarray(picture).reshape(config.size, config.size, channels)
     if invert:
         pixels = 255 - pixels
     pixels = np.pad(pixels, ((config.pad, config.pad), (config.pad, config.pad), (0, 0)))
     return torch.from_numpy(pixels).permute(2, 0, 1).float() / 127.5 - 1
-
-
-def _scale(picture: Image.Image, config: PreprocessConfig, crop: str) -> Image.Image:
-    size = config.size
-    if picture.size == (size, size):
-        return picture
-    if crop != "none":
-        edge = min(picture.size)
-        side = edge if crop == "center" else max(1, edge * size // (size + 32))
-        # An odd remainder goes to the left and top, as in TensorFlow's resnet_preprocessing.py.
-        left, top = ((length - side + 1) // 2 for length in picture.size)
-        # A plain crop, cut first so that the filter sees no pixel outside; `Image.crop` warns at Pillow's own limit.
-        box = (left, top, left + side, top + side)
-        picture = picture.resize((side, side), Image.Resampling.NEAREST, box=box)
-    return picture.resize((size, size), Image.Resampling[config.filter.upper()])
 
 
 def to_uint8(images: torch.Tensor) -> NDArray[np.uint8]:

@@ -8,7 +8,8 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from bigbigan.config import (
     ordered_parts,
     select_parts,
 )
-from bigbigan.files import atomic_write, sync
+from bigbigan.files import TEMPORARY, OutputError, atomic_write, hold, sync
 from bigbigan.fuse import fuse as fuse_part
 from bigbigan.integrity import (
     DTYPES,
@@ -42,14 +43,26 @@ from bigbigan.integrity import (
 )
 from bigbigan.model import PART_CLASSES, BigBiGAN
 from bigbigan.modelcard import flatten, model_card
+from bigbigan.outputs import lock_beside
 from bigbigan.schema import ConfigError, from_dict, to_dict
 
-__all__ = ["FileEntry", "FolderConfig", "WeightsError", "load_folder", "model_card", "read_config", "save_folder"]
+__all__ = [
+    "FileEntry",
+    "FolderConfig",
+    "WeightsError",
+    "claim_folder",
+    "load_folder",
+    "model_card",
+    "read_config",
+    "save_folder",
+]
 
 logger = logging.getLogger(__name__)
 
 CONFIG_NAME, CARD_NAME = "config.json", "README.md"
 FORMAT = "bigbigan-model/1"
+# Regular expression of what a model folder holds, also while it is written.
+FOLDER_FILES = rf"\.?(config\.json|README\.md|({'|'.join(PARTS)})\.safetensors)({TEMPORARY})?"
 
 
 @dataclass(frozen=True)
@@ -155,12 +168,14 @@ def load_folder(
     verify: bool = True,
     remember: bool = True,
     fuse: bool = False,
+    mmap: bool = True,
 ) -> BigBiGAN:
     """The model in a folder, in eval mode; with `fuse`, in the form of `BigBiGAN.fuse`.
 
     Every load compares the files' headers with the architecture before it allocates anything; `verify` checks digests
     and finite values as well, once a file (`remember=False`: each time, without a record in `integrity.cache_dir()`).
-    Weights are memory-mapped and keep the files' dtype unless `dtype` is given.
+    Weights keep the files' dtype unless `dtype` is given. They are memory-mapped: a file that is changed in place
+    changes the model, and one that is cut ends the process; `mmap=False` copies them into memory instead.
 
     Raises:
         FileNotFoundError, ConfigError: as `read_config`.
@@ -181,7 +196,7 @@ def load_folder(
     for part in wanted:
         network, path = getattr(model, part), folder / weight_file(part)
         # Fusing replaces weights one by one: those of a mapped file would all stay in memory until the last.
-        state = read_tensors(path) if fuse else load_file(path)
+        state = read_tensors(path) if fuse or not mmap else load_file(path)
         network.load_state_dict(state, strict=True, assign=True)
         del state
         network.to(device=device, dtype=dtype)
@@ -215,6 +230,8 @@ def _check_file(folder: Path, part: str, network: nn.Module, config: BigBiGANCon
         raise WeightsError(f"{path} does not fit the architecture. {difference}. {_cause(header, part, config)}")
     if len(header.dtypes) != 1:
         raise WeightsError(f"{path} mixes dtypes: {_names(header.dtypes)}")
+    if changes := _changes(header, part, config):
+        raise WeightsError(f"{path} was saved with {changes}. Restore {CONFIG_NAME}, or save the model again")
 
 
 def _shapes(network: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -245,20 +262,47 @@ def _cause(header: Header, part: str, config: BigBiGANConfig) -> str:
     named = header.metadata.get("part", part)
     if named != part:
         return f"The file holds a model's {named[:40]}"
-    try:
-        own = dict(flatten(strict_json(header.metadata.get("config", "{}").encode())))
-    except ValueError:
-        own = {}
-    ours = dict(flatten(to_dict(getattr(config, part))))
-    if own and (differing := [key for key in ours if own.get(key) != ours[key]]):
-        facts = [f"{key} {str(own.get(key))[:80]}, {CONFIG_NAME} says {ours[key]}" for key in differing[:3]]
-        return f"The file was written with {'; '.join(facts)}"
+    if changes := _changes(header, part, config):
+        return f"The file was written with {changes}"
     if any(name.endswith(".u") for name in header.shapes):
         return "The file is a training form with spectral norm; export the run to get its inference form"
     first = {name.partition(".")[0] for name in header.shapes}
     if first in ({"module"}, {part}, {"_orig_mod"}):
         return f"The names have a prefix {first.pop()!r}, as a wrapper adds it; strip it"
     return f"{CONFIG_NAME} or the file comes from another model"
+
+
+def _changes(header: Header, part: str, config: BigBiGANConfig) -> str:
+    """How the configuration differs from that in the file's own metadata, the first three fields; empty if it does not.
+
+    `config.json` has no digest, and many fields change what a network computes but not its weights' shapes.
+    """
+    facts = []
+    for key, ours in (("config", getattr(config, part)), ("preprocess", config.preprocess)):
+        try:
+            saved = strict_json(header.metadata.get(key, "").encode())
+        except ValueError:
+            continue  # files of other programs have no such metadata
+        if isinstance(saved, dict):
+            # Fields that came later have the defaults that were computed with before.
+            own, now = dict(flatten(to_dict(type(ours)()))) | dict(flatten(saved)), dict(flatten(to_dict(ours)))
+            differing = [name for name in {**now, **own} if own.get(name) != now.get(name)]
+            facts += [f"{name} {own.get(name, 'unset')[:80]}, {CONFIG_NAME} says {now.get(name)}" for name in differing]
+    return "; ".join(facts[:3])
+
+
+@contextmanager
+def claim_folder(folder: str | os.PathLike[str]) -> Iterator[None]:
+    """Keeps the place of a model folder for this process, from the start of the work to the end of the save.
+
+    Raises:
+        FileExistsError: the folder holds anything but a model folder.
+        OutputError: another process is writing it.
+    """
+    folder = Path(folder).resolve()
+    _check_replaceable(folder)
+    with hold(lock_beside(folder), OutputError(f"another process is writing {folder}; wait, or name another folder")):
+        yield
 
 
 def save_folder(model: BigBiGAN, folder: str | os.PathLike[str], *, card: str | None = None) -> None:
@@ -271,8 +315,14 @@ def save_folder(model: BigBiGAN, folder: str | os.PathLike[str], *, card: str | 
         WeightsError: if weights are not finite, of mixed or unsupported dtype, or not in the plain inference form.
         ConfigError: if the model's description does not fit into `config.json`.
         FileExistsError: if the folder holds anything but a model folder.
+        OutputError: if another process is writing it.
     """
     folder = Path(folder).resolve()
+    with claim_folder(folder):
+        _save(model, folder, card)
+
+
+def _save(model: BigBiGAN, folder: Path, card: str | None) -> None:
     states = {part: _plain_state(model, part) for part in model.parts}
     _recover(folder)
     _check_replaceable(folder)
@@ -308,7 +358,9 @@ def _write_weights(folder: Path, part: str, state: dict[str, Tensor], model: Big
     """Writes safetensors by hand: the library's writer shuffles metadata, so that no two runs give the same bytes."""
     config = json.dumps(to_dict(getattr(model.config, part)))
     info = {"name": model.info.name, "license": model.info.license, "source": model.info.source}
-    header: dict[str, Any] = {"__metadata__": {"format": "pt", "part": part, "config": config, **info}}
+    preprocess = json.dumps(to_dict(model.config.preprocess))
+    metadata = {"format": "pt", "part": part, "config": config, "preprocess": preprocess, **info}
+    header: dict[str, Any] = {"__metadata__": metadata}
     codes = {dtype: code for code, dtype in DTYPES.items()}
     offset = 0
     for name, tensor in state.items():

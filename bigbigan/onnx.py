@@ -7,7 +7,7 @@ import logging
 import os
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from bigbigan.arrays import seeded
 from bigbigan.config import select_parts
 from bigbigan.files import atomic_write
 from bigbigan.model import BigBiGAN
+from bigbigan.outputs import ONNX, claim
 from bigbigan.schema import to_dict
 
 BATCHES = (1, 2, 3)  # that an exported file is compared at
@@ -107,6 +108,7 @@ def export_onnx(
     Raises:
         ImportError: without onnx, onnxscript or onnxruntime.
         ValueError: the model lacks a part, or a file differs from the model by more than 1e-4; it is not written then.
+        OutputError: a file of that name is something else, or another process is writing it.
     """
     try:
         import onnx
@@ -114,31 +116,32 @@ def export_onnx(
         import onnxscript  # noqa: F401 (torch.onnx needs it)
     except ImportError as error:
         raise ImportError(f"ONNX export needs {error.name}; install it: pip install 'bigbigan[onnx]'") from error
-    metadata = {"model": model.info.name, "preprocess": json.dumps(to_dict(model.config.preprocess))}
-    reports = []
-    for part in select_parts(parts, model.parts, "this model"):
-        program, inputs, names = _export(model, part)
-        with _quiet():
-            written = torch.onnx.export(
-                program, input_names=list(inputs), output_names=names, opset_version=OPSET, dynamo=True, verbose=False
-            )
-        assert written is not None
-        proto = written.model_proto
-        _name_batch(proto.graph)
-        _guard_padding(onnx, proto.graph)
-        onnx.helper.set_model_props(proto, {**metadata, "part": part})
-        path = Path(folder) / f"{part}.onnx"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(path) as temporary:
-            onnx.save(proto, temporary)
-            difference = _difference(onnxruntime, temporary, model, part, names)
-            if not difference <= TOLERANCE:
-                raise ValueError(
-                    f"{part} in ONNX Runtime differs from the model by {difference:.1e}; {path} not written"
-                )
-        shapes = [_shapes(values) for values in (proto.graph.input, proto.graph.output)]
-        reports.append(OnnxReport(part, path, shapes[0], shapes[1], difference))
-    return reports
+    with ExitStack() as stack:
+        chosen = {part: Path(folder) / f"{part}.onnx" for part in select_parts(parts, model.parts, "this model")}
+        for path in chosen.values():
+            stack.enter_context(claim(path, ONNX))
+        return [_write(onnx, onnxruntime, model, part, path) for part, path in chosen.items()]
+
+
+def _write(onnx: Any, onnxruntime: Any, model: BigBiGAN, part: str, path: Path) -> OnnxReport:
+    metadata = {"model": model.info.name, "preprocess": json.dumps(to_dict(model.config.preprocess)), "part": part}
+    program, inputs, names = _export(model, part)
+    with _quiet():
+        written = torch.onnx.export(
+            program, input_names=list(inputs), output_names=names, opset_version=OPSET, dynamo=True, verbose=False
+        )
+    assert written is not None
+    proto = written.model_proto
+    _name_batch(proto.graph)
+    _guard_padding(onnx, proto.graph)
+    onnx.helper.set_model_props(proto, metadata)
+    with atomic_write(path) as temporary:
+        onnx.save(proto, temporary)
+        difference = _difference(onnxruntime, temporary, model, part, names)
+        if not difference <= TOLERANCE:
+            raise ValueError(f"{part} in ONNX Runtime differs from the model by {difference:.1e}; {path} not written")
+    shapes = [_shapes(values) for values in (proto.graph.input, proto.graph.output)]
+    return OnnxReport(part, path, shapes[0], shapes[1], difference)
 
 
 def _difference(onnxruntime: Any, path: Path, model: BigBiGAN, part: str, names: list[str]) -> float:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from bigbigan.config import (
+    GENERATOR_CHANNELS,
     BigBiGANConfig,
     DiscriminatorConfig,
     EncoderConfig,
@@ -84,18 +85,40 @@ def small(
     z_chunk: int = 4,
     mlp: int = 320,
     head: int = 256,
+    resolution: Resolution = 32,
+    discriminator_channels: int | None = None,
 ) -> BigBiGANConfig:
-    """A model for 32 pixels: basic ResNet-v2 units without early downsampling, MLPs of four layers."""
-    z_dim = 4 * z_chunk
-    joint = MLPConfig(mlp, 4)
+    """A model for one CPU: basic ResNet-v2 units, MLPs of four layers, no attention.
+
+    E halves its input early from 64 pixels up; `discriminator_channels` are `base_channels` unless given.
+    """
+    chunks = (z_chunk,) * len(GENERATOR_CHANNELS[resolution])
+    z_dim, joint = sum(chunks), MLPConfig(mlp, 4)
+    stem: Literal["imagenet", "small"] = "small" if resolution == 32 else "imagenet"
     return BigBiGANConfig(
         generator=GeneratorConfig(
-            32, image_channels, base_channels, (z_chunk,) * 4, shared_dim=0, attention_resolution=0, upsample_size=64
+            resolution,
+            image_channels,
+            base_channels,
+            chunks,
+            shared_dim=0,
+            attention_resolution=0,
+            upsample_size=2 * resolution,
         ),
         encoder=EncoderConfig(
-            32, image_channels, "resnet", depths, encoder_channels, "basic", "small", z_dim, head=MLPConfig(head, 4)
+            resolution,
+            image_channels,
+            "resnet",
+            depths,
+            encoder_channels,
+            "basic",
+            stem,
+            z_dim,
+            head=MLPConfig(head, 4),
         ),
-        discriminator=DiscriminatorConfig(32, image_channels, base_channels, z_dim, 0, joint, joint),
+        discriminator=DiscriminatorConfig(
+            resolution, image_channels, discriminator_channels or base_channels, z_dim, 0, joint, joint
+        ),
         preprocess=preprocess,
     )
 
@@ -104,6 +127,9 @@ _R50_128, _R50 = EncoderConfig(128), EncoderConfig(256)
 _REVNET = EncoderConfig(256, architecture="revnet")
 _BASE = imagenet(_R50_128)
 _GREY_SMALL = small(1, PreprocessConfig(28, pad=2, polarity="light-on-dark"))
+_PHOTOS = {"base_channels": 12, "discriminator_channels": 16, "encoder_channels": 32, "z_chunk": 8}
+_PHOTOS_64 = small(3, PreprocessConfig(64), resolution=64, depths=(2, 2, 2, 1), **_PHOTOS)
+_PHOTOS_128 = small(3, PreprocessConfig(128), resolution=128, depths=(2, 2, 2, 1), **_PHOTOS)
 
 _TABLE_1: dict[str, tuple[BigBiGANConfig, str]] = {
     "base": (_BASE, "Base: ResNet-50 encoder, everything at 128 pixels"),
@@ -130,6 +156,9 @@ _SMALL: dict[str, tuple[BigBiGANConfig, str, str]] = {
     "fashion-mnist-32": (_GREY_SMALL, "Fashion-MNIST, grey", "trained by this project"),
     "mnist-32": (_GREY_SMALL, "MNIST, grey", "this project"),
     "cifar10-32": (small(3, PreprocessConfig(32), z_chunk=8), "CIFAR-10", "this project"),
+    "photos-64": (_PHOTOS_64, "own photos, colour", "this project"),
+    "photos-128": (_PHOTOS_128, "own photos, colour", "this project"),
+    "fruits-64": (_PHOTOS_64, "apples, cherries and tomatoes (Fruits-360), colour", "this project"),
     "tiny": (
         small(3, PreprocessConfig(32), base_channels=2, encoder_channels=4, z_chunk=2, mlp=16, head=16),
         "for trying things out in seconds",

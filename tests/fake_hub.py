@@ -70,6 +70,9 @@ class FakeHub:
         self.objects: dict[str, bytes] = {}
         self.requests: list[tuple[str, str]] = []
         self.actions: dict[str, Callable[[], object]] = {}  # what a POST to a path does
+        self.after: dict[
+            tuple[str, str], Callable[[], object]
+        ] = {}  # what happens once, after a request by method, path
         self.portal = False  # every answer is the page of a captive portal
         self.lock = threading.Lock()
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (Handler,), {"hub": self}))
@@ -136,8 +139,13 @@ class Handler(BaseHTTPRequestHandler):
         )
         for pattern, method in routes:
             if match := re.fullmatch(pattern, path):
-                return method(*(unquote(group) for group in match.groups()))
-        self.answer(404, b"Not Found")
+                method(*(unquote(group) for group in match.groups()))
+                break
+        else:
+            self.answer(404, b"Not Found")
+        with self.hub.lock:
+            event = self.hub.after.pop((self.command, path), lambda: None)
+        event()
 
     # Downloads
 

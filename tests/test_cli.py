@@ -19,7 +19,7 @@ from command_line import cells, home, make_images, one_thread, pixels, run  # no
 
 from bigbigan import BigBiGAN, create_model, hub, load
 from bigbigan.cli import build_parser, main
-from bigbigan.images import to_uint8
+from bigbigan.images import asset_images, to_uint8
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +105,25 @@ def test_reconstruct_shows_originals_above_reconstructions(tmp_path: Path, folde
     assert np.array_equal(above[::2, ::2], 255 - pixels(files[0]))
     expected = load(folder, fuse=True).reconstruct(files[0], use_sample=True, seed=4, upsample=True, invert=True)
     assert np.array_equal(below, to_uint8(expected)[0])
+
+
+def test_pictures_that_would_be_too_large_are_refused_before_anything_is_drawn(
+    tmp_path: Path, folder: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = str(asset_images()[0])
+    monkeypatch.setattr("bigbigan.model.BigBiGAN.generate", lambda *_, **__: pytest.fail("drawn"))
+    monkeypatch.setattr("bigbigan.model.BigBiGAN.reconstruct", lambda *_, **__: pytest.fail("drawn"))
+    for command in (
+        ["generate", "--scale", "3000", "-o", str(tmp_path / "a.png")],
+        ["generate", "--scale", "100000", "-o", f"{tmp_path}/single/"],
+        ["generate", "-n", "10000000", "-o", str(tmp_path / "a.png")],
+        ["reconstruct", image, "--scale", "100000", "-o", str(tmp_path / "a.png")],
+        ["interpolate", image, image, "--steps", "10000000", "-o", str(tmp_path / "a.png")],
+    ):
+        assert main([*command, "--model", folder]) == 2
+        message = capsys.readouterr().err
+        assert "it may have 250,000,000 pixels at most: take fewer images or a smaller scale" in message
+    assert not any(tmp_path.glob("*.png")) and not any(tmp_path.glob("single/*"))
 
 
 def test_interpolate(tmp_path: Path, folder: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import time
 import warnings
 from pathlib import Path
@@ -67,6 +68,14 @@ def test_train_then_export(tmp_path: Path, data: Path, capsys: pytest.CaptureFix
     folder, output = tmp_path / "run", tmp_path / "model"
     command = ["train", RECIPE, "--data", str(data), "--run", str(folder), *settings(snapshot_images=16, name="mine")]
     assert main(command) == 0
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    begin, end = shown.err.splitlines()[:9], shown.err.splitlines()[-1]
+    assert begin[0].endswith("mine: G 32, E 32 pixels, colour, 8 latents, fp32, seed 0")
+    assert 'changed from the recipe: name="mine"' in begin[1] and "batch_size=8" in begin[1]
+    assert any(f"run folder: {folder}" in line for line in begin) and any("memory: " in line for line in begin)
+    assert f"finished after step 4 of 4 (32 images) in {folder}" in end and "best snapshot: images-" in end
+    assert main([*command, "--dry-run"]) == 0
     printed = json.loads(capsys.readouterr().out)
     assert json.loads((folder / "config.json").read_text())["train"] == printed
     snapshots = sorted(path.name for path in (folder / "snapshots").iterdir())
@@ -134,8 +143,47 @@ def test_a_run_has_one_process_and_sigterm_ends_it_with_a_checkpoint_and_143(
     finally:
         process.kill()
     assert process.returncode == 143, err
-    assert "stopped by SIGTERM" in err.splitlines()[-1]
+    assert re.search("stopped by SIGTERM after step .*: run the same command again to resume", err.splitlines()[-1])
     assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 1
+
+
+def test_a_run_that_time_ends_says_so_shows_progress_and_can_be_exported_and_extended(
+    tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bigbigan.training.loop.LINE_SECONDS", 0.0)
+    folder, output = tmp_path / "run", str(tmp_path / "model")
+    changes = settings(log_images=10**6, checkpoint_images=10**6, snapshot_images=10**6)
+    command = ["train", RECIPE, "--data", str(data), "--run", str(folder), *changes]
+    assert main([*command, "--max-minutes", "1e-9"]) == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert any(re.search(r"step 1 of 4, [\d.]+ images/s, \d+ minutes left", line) for line in lines)
+    assert "stopped by the limit of minutes after step 1 of 4 (8 images)" in lines[-1]
+    assert "run the same command again to resume" in lines[-1]
+    assert main(["export", str(folder), "-o", output]) == 0
+    assert load(output).info.provenance["num_images"] == 8
+    assert main([*command, "--set", "total_images=16", "--set", "log_images=8", "--set", "standing_passes=1"]) == 0
+    assert main([*command, "--set", "total_images=24", "--set", "checkpoint_images=8"]) == 0  # though it was finished
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [record["num_images"] for record in records] == [16, 16, 24, 24]  # losses, then the snapshot
+    assert max(path.name for path in (folder / "snapshots").iterdir()) == "images-0000000024"
+    capsys.readouterr()
+    assert main([*command, "--set", "total_images=8"]) == 2
+    assert "has seen 24 images already; total_images 8 is less" in capsys.readouterr().err
+    assert main([*command, "--set", "lr_g=0.1"]) == 2
+    assert "only total_images, standing_passes, log_images" in capsys.readouterr().err
+
+
+def test_a_run_whose_rates_fall_keeps_its_length(
+    tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changes = settings(lr_decay_images=16, lr_decay=0.1)
+    command = ["train", RECIPE, "--data", str(data), "--run", str(tmp_path / "run"), *changes]
+    assert main([*command, "--max-minutes", "1e-9"]) == 0
+    assert main([*command, "--set", "total_images=40", "--max-minutes", "1e-9"]) == 0  # they fall from 24 on
+    assert main([*command, "--set", "total_images=40"]) == 0
+    capsys.readouterr()
+    assert main([*command, "--set", "total_images=48"]) == 2
+    assert "total_images was 40, now 48, but the learning rates have begun to fall" in capsys.readouterr().err
 
 
 def test_evaluate_linear(

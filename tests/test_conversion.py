@@ -21,7 +21,7 @@ from weights_conversion import convert as conversion
 from weights_conversion import download
 from weights_conversion.errors import ConversionError
 
-tf = pytest.importorskip("tensorflow")
+tf = pytest.importorskip("tensorflow", reason="pip install -e '.[convert]'")
 v1 = tf.compat.v1
 TOLERANCE = 2e-5  # of the largest value of an output
 # Activations grow without spectral norm; the port in float32 and in float64 differ by as much (4e-5).

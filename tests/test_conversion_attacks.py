@@ -30,7 +30,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_damaged_modules_are_read_right_or_refused() -> None:
-    pytest.importorskip("tensorflow")
+    pytest.importorskip("tensorflow", reason="pip install -e '.[convert]'")
     result = run_children("tests.attacks.fuzz_module", ["--kind", "small"], 300)
     assert not result.findings, result
     assert sum(n for name, n in result.outcomes.items() if "refused" in name) > 100 and result.outcomes.total() == 300
@@ -38,7 +38,7 @@ def test_damaged_modules_are_read_right_or_refused() -> None:
 
 @pytest.mark.parametrize("names", [HANDFUL, pytest.param([], marks=pytest.mark.slow)], ids=["handful", "all"])
 def test_hostile_modules_open_and_start_nothing(names: list[str]) -> None:
-    pytest.importorskip("tensorflow")
+    pytest.importorskip("tensorflow", reason="pip install -e '.[convert]'")
     done = run("-m", "tests.attacks.audit", *names)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -213,3 +214,40 @@ def test_a_batch_that_does_not_split_is_refused() -> None:
     with pytest.raises(ValueError, match="batch_size 8 is one image a micro-batch"):
         loop.check_split(replace(CONFIG, batch_size=8, accumulate=8), Processes())
     assert (pair.share(8), Processes(1, 2).share(8)) == (slice(0, 4), slice(4, 8))
+
+
+WAITING = """
+import os, signal, sys, time
+from bigbigan.training.distributed import PeerError, join_processes
+def stop():
+    if sys.argv[1] == "stopped":
+        os.kill(os.getpid(), signal.SIGSTOP)  # as a process on a machine that hangs: it shows no sign of life
+    time.sleep(5)
+with join_processes("cpu", timeout_minutes=3 / 60) as processes:
+    processes.on_main(stop, long=sys.argv[1] != "short")
+print("waited", flush=True)
+"""
+
+
+@pytest.mark.parametrize("work", ["long", "short", "stopped"])
+def test_a_long_snapshot_outlasts_the_timeout_and_nothing_else_does(work: str) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    options: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    variables = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    variables["PYTHONPATH"] = str(Path(__file__).parents[1])
+    command = [sys.executable, "-c", WAITING, work]
+    ranks = [subprocess.Popen(command, env={**variables, "RANK": rank}, **options) for rank in "01"]
+    try:
+        out, err = ranks[1].communicate(timeout=60)
+    finally:
+        ranks[0].kill()
+        ranks[0].communicate()
+        ranks[1].kill()
+    if work == "long":
+        assert out == "waited\n", err
+    else:
+        last = err.strip().splitlines()[-1]
+        assert "PeerError: another process did not answer within 0.05 minutes" in err and out == "", last
+        assert "--timeout-minutes" in err

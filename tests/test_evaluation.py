@@ -267,6 +267,18 @@ def test_errors_and_ratios_computed_by_hand(classifier: Classifier) -> None:
     assert result.feature_distance_ratio == pytest.approx(math.hypot(0.5, 0.75) / 2, rel=1e-6)
 
 
+def test_trivial_answers_are_measured_beside_the_reconstructions(classifier: Classifier) -> None:
+    """Halves of 1 and -1; the reverse; all 0.5: their mean is 1/6 everywhere, their mean colours are 0, 0, 0.5."""
+    half = torch.cat([torch.ones(1, 32, 16), -torch.ones(1, 32, 16)], dim=2)
+    images = torch.stack([half, -half, torch.full((1, 32, 32), 0.5)])
+    labels = torch.zeros(3, dtype=torch.long)
+    for reconstruct in (lambda x: x, lambda x: F.avg_pool2d(x, 2)):  # pooling changes nothing
+        result = reconstruction_report(images, labels, reconstruct, None, classifier)
+        assert result.mean_image_l1 == pytest.approx((1 + 1 + 1 / 3) / 3)
+        assert result.mean_color_l1 == pytest.approx((1 + 1 + 0) / 3)
+        assert result.random_pair_l1 == pytest.approx((2 + 1 + 1) / 3)  # the three in a ring
+
+
 @pytest.mark.parametrize("batch_size", [2, 3, 4, 5])
 def test_random_pairs_are_distinct(classifier: Classifier, batch_size: int) -> None:
     """Five pictures with one bright row each: any two differ by 2 in two rows of 16, also where a batch is left one."""

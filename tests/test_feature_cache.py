@@ -60,7 +60,6 @@ def test_what_is_cached_is_what_is_computed(tmp_path: Path) -> None:
     (entry,) = tmp_path.iterdir()
     assert sorted(path.name for path in entry.iterdir()) == [
         "entry.json",
-        "lock",
         "max.json",
         "max.npy",
         "mean.json",

@@ -57,7 +57,7 @@ report(errors=errors, widths=[wanted["avepool_feat"].shape[1], wanted["bn_crelu_
 @pytest.mark.slow
 @pytest.mark.parametrize("name, features", [("resnet50", 2048), ("revnet50x4", 8192)])
 def test_full_size_module(name: str, features: int, tmp_path: Path) -> None:
-    pytest.importorskip("tensorflow")
+    pytest.importorskip("tensorflow", reason="pip install -e '.[convert]'")
     tests = Path(__file__).parent
     data = Path(os.environ.get("BIGBIGAN_TEST_DATA", tests.parents[1] / "shared" / "data")) / "imagenet_samples"
     photos = str(data) if data.is_dir() else ""

@@ -298,6 +298,28 @@ def test_a_moved_branch_never_mixes_two_commits(server: FakeHub, saved: Path, tm
     assert second["digest"] == digest(load_folder(other, verify=False))
 
 
+def three_times(name: str) -> list[dict[str, Any]]:
+    return attempts(name, name, name)
+
+
+def test_a_branch_that_moves_within_one_download_spoils_one_load_only(
+    server: FakeHub, saved: Path, tmp_path: Path
+) -> None:
+    """The client asks what the branch holds, then for its content: a push between the two mixes them in its cache."""
+    pinned = server.add("org/tiny", saved)
+    other = tmp_path / "other"
+    save_folder(tiny_model(seed=1, parts=("generator", "encoder")), other)
+    files = {path.name: path.read_bytes() for path in other.iterdir()}
+
+    # Weights are asked for by commit.
+    server.after["HEAD", "/org/tiny/resolve/main/config.json"] = lambda: server.repositories["org/tiny"].commit(files)
+    first, second, third = run(environment(tmp_path, server.url), three_times, "org/tiny")
+    assert first["error"] == "WeightsError" and "load again" in first["message"]
+    assert second["digest"] == third["digest"] == digest(load_folder(other, verify=False))
+    (old,) = run(environment(tmp_path, server.url), attempts, f"org/tiny@{pinned}")
+    assert old["digest"] == digest(load_folder(saved, verify=False))
+
+
 # Fault or content of the repository -> error, words of its message; None: it loads all the same
 FAULTS: dict[str, tuple[list[Fault], dict[str, bytes | None], str | None, str]] = {
     "503-get": ([Fault("503", times=2)], {}, None, ""),

@@ -182,6 +182,18 @@ def test_training_a_loaded_model_does_not_write_into_its_file(folder: Path) -> N
     assert digests(folder) == before
 
 
+def test_weights_in_memory_outlive_their_file(folder: Path) -> None:
+    """Mapped ones would change, or end the process; so do it in a process of its own."""
+    script = (
+        "import sys, bigbigan; from pathlib import Path; folder = Path(sys.argv[1]);"
+        "model = bigbigan.load(folder, mmap=False); before = model.generate(2, seed=0);"
+        "[open(path, 'r+b').truncate(100) for path in folder.glob('*.safetensors')];"
+        "assert (model.generate(2, seed=0) == before).all()"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(folder)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_saving_onto_the_folder_one_was_loaded_from(folder: Path) -> None:
     model = load_folder(folder)
     with torch.no_grad():
@@ -472,6 +484,47 @@ def test_the_file_itself_tells_what_it_was_written_for(folder: Path) -> None:
         load_folder(folder)
     shutil.copy(folder / "generator.safetensors", folder / "encoder.safetensors")
     with pytest.raises(WeightsError, match=r"\d+ missing: .*, …; \d+ unexpected: .*The file holds a model's generator"):
+        load_folder(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            lambda d: d["architecture"]["generator"].update(bn_eps=0.0003),
+            "generator.*bn_eps 0.0001, config.json says 0.0003",
+        ),
+        (
+            lambda d: d["architecture"]["encoder"].update(last_relu=False),
+            "encoder.*last_relu true, config.json says false",
+        ),
+        (
+            lambda d: d["architecture"]["encoder"].update(shortcut="raw"),
+            "encoder.*shortcut preactivated, config.json says raw",
+        ),
+        (lambda d: d["architecture"]["preprocess"].update(filter="box"), "filter bicubic, config.json says box"),
+    ],
+)
+def test_a_changed_config_is_noticed_though_all_shapes_fit(
+    folder: Path, change: Callable[[dict[str, Any]], Any], words: str
+) -> None:
+    edit_config(folder, change)
+    with pytest.raises(WeightsError, match=f"{words}.*Restore config.json, or save the model again"):
+        load_folder(folder)
+
+
+def test_a_configuration_in_a_file_is_completed_and_may_be_absent(folder: Path) -> None:
+    header, payload = split((folder / "encoder.safetensors").read_bytes())
+    saved = json.loads(header["__metadata__"]["config"])
+    for text in (json.dumps({k: v for k, v in saved.items() if k != "bn_eps"}), "resnet50", "", None):
+        header["__metadata__"].pop("config", None)
+        if text is not None:
+            header["__metadata__"]["config"] = text
+        replace_weights(folder, "encoder", join(json.dumps(header), payload))
+        load_folder(folder)  # the encoder's bn_eps is the default
+    header["__metadata__"]["config"] = json.dumps(saved | {"invented": 1})
+    replace_weights(folder, "encoder", join(json.dumps(header), payload))
+    with pytest.raises(WeightsError, match="invented 1, config.json says None"):
         load_folder(folder)
 
 

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import functools
+import struct
+import subprocess
+import sys
 import warnings
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from pictures import config, noise, over, pixels, values
+from pictures import ORIENTATION, config, noise, over, pixels, values
 from PIL import Image
 
 from bigbigan import create_model
@@ -270,3 +274,105 @@ def test_reconstructions_in_zero_to_one_are_told(first_time: None) -> None:
     images = torch.rand(8, 1, 16, 16)
     with pytest.warns(UserWarning, match="lie in"):
         reconstruction_report(2 * images - 1, torch.arange(8) % 2, images, None, Classifier(1, 2))
+
+
+# --- large pictures: cut before they are converted, converted in bands ------------------------------------------------
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("crop", ["center", "resnet"])
+@pytest.mark.parametrize("shape", [(41, 76, 3), (77, 40, 3)])
+def test_a_crop_is_that_of_the_upright_picture(
+    orientation: int, crop: Any, shape: tuple[int, ...], tmp_path: Path
+) -> None:
+    """Odd remainders lie on another side of the stored picture."""
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    Image.fromarray(noise(*shape)).save(tmp_path / "a.png", exif=exif)
+    upright = np.asarray(read_image(tmp_path / "a.png"))
+    assert torch.equal(
+        preprocess(tmp_path / "a.png", config(24, crop=crop), 3), preprocess(upright.copy(), config(24, crop=crop), 3)
+    )
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "I;16", "CMYK", "transparent P", "transparent L"])
+def test_bands_change_nothing(mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    picture = Image.fromarray(noise(33, 21, 4, seed=3), "RGBA")
+    options: dict[str, Any] = {}
+    if mode == "I;16":
+        picture = Image.fromarray(noise(33, 21, dtype=np.uint16))
+        options = {"transparency": int(np.asarray(picture)[4, 5])}
+    elif mode.startswith("transparent"):
+        picture = picture.convert("RGB").convert(mode[-1])
+        options = {"transparency": picture.getpixel((3, 4))}
+    else:
+        picture = picture.convert("RGB").convert(mode) if mode in ("P", "CMYK") else picture.convert(mode)
+    path = tmp_path / ("a.tif" if mode == "CMYK" else "a.png")
+    picture.save(path, **options)
+    whole = read_image(path)
+    monkeypatch.setattr("bigbigan.images._BAND_PIXELS", 50)  # two rows
+    banded = read_image(path)
+    assert whole.mode == banded.mode and np.array_equal(np.asarray(whole), np.asarray(banded))
+
+
+def test_a_large_jpeg_is_decoded_at_a_fraction_that_looks_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waves = np.add.outer(np.sin(np.arange(900) / 40), np.cos(np.arange(1200) / 55))
+    Image.fromarray((waves * 60 + 128).astype(np.uint8)).convert("RGB").save(tmp_path / "a.jpg", quality=95)
+    exact = preprocess(tmp_path / "a.jpg", config(32), 3)
+    monkeypatch.setattr("bigbigan.images.DRAFT_PIXELS", 1_000_000)
+    sizes: list[tuple[int, int]] = []
+    load = Image.core.new  # what decoders take their memory by
+    monkeypatch.setattr("PIL.Image.core.new", lambda mode, size: sizes.append(size) or load(mode, size))
+    fast = preprocess(tmp_path / "a.jpg", config(32), 3)
+    assert (300, 225) in sizes and (1200, 900) not in sizes  # a quarter: 225 is more than four times 32
+    difference = (fast - exact).abs() * 127.5
+    assert difference.max() < 4 and difference.mean() < 1.5  # of 255
+
+
+MEASURE = """
+import re, sys, warnings
+from pathlib import Path
+from bigbigan.config import PreprocessConfig
+from bigbigan.images import preprocess, read_image
+warnings.simplefilter("ignore")
+# Not getrusage: its peak is also that of the process which started this one.
+peak = lambda: 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+preprocess(sys.argv[1], PreprocessConfig(256), 3)
+before = peak()
+out = preprocess(sys.argv[2], PreprocessConfig(256), 3)
+print(peak() - before)
+"""
+LARGE = {
+    "thin.png": lambda: Image.new("RGB", (2, 30_000_000), "teal"),
+    "rgba.png": lambda: Image.new("RGBA", (7990, 7990), (10, 20, 30, 40)),
+    "rgb.png": lambda: Image.new("RGB", (7990, 7990), "teal"),
+    "wide.png": lambda: Image.new("RGBA", (8900, 7100), (10, 20, 30, 40)),
+    "palette.png": lambda: Image.new("P", (7990, 7990), 3),
+    "deep.png": lambda: Image.new("I;16", (7990, 7990), 30_000),
+    "photo.jpg": lambda: Image.new("RGB", (7990, 7990), "teal"),
+    "photo.webp": lambda: Image.new("RGBA", (7990, 7990), (10, 20, 30, 40)),
+    "cmyk.tif": lambda: Image.new("CMYK", (7990, 7990), (10, 20, 30, 40)),
+}
+
+
+@pytest.mark.parametrize("name", [n if n in ("rgba.png",) else pytest.param(n, marks=pytest.mark.slow) for n in LARGE])
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_a_large_picture_takes_less_than_one_gib(name: str, tmp_path: Path) -> None:
+    Image.new("RGB", (300, 300)).save(tmp_path / "small.png")
+    LARGE[name]().save(tmp_path / name, **({"compress_level": 1} if name.endswith("png") else {}))
+    command = [sys.executable, "-c", MEASURE, str(tmp_path / "small.png"), str(tmp_path / name)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    print(f"{name}: {int(done.stdout) / 2**30:.2f} GiB")
+    assert int(done.stdout) < 2**30
+
+
+def test_a_png_header_that_its_file_cannot_hold_is_refused(tmp_path: Path) -> None:
+    Image.new("1", (2, 2)).save(tmp_path / "a.png")
+    data = (tmp_path / "a.png").read_bytes()
+    header = b"IHDR" + struct.pack(">II", 2, 30_000_000) + data[24:29]
+    (tmp_path / "a.png").write_bytes(data[:12] + header + struct.pack(">I", zlib.crc32(header)) + data[33:])
+    with pytest.raises(BadImageError, match=r"2 x 30000000 pixels by its header, more than \d+ bytes of PNG can hold"):
+        read_image(tmp_path / "a.png")

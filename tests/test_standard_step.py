@@ -8,6 +8,7 @@ import torch
 from benchmarks.standard_step import StandardTraining, copy_weights, raw_weight, weighted_layers
 from reference import close
 
+from bigbigan.config import PreprocessConfig
 from bigbigan.layers import advance_spectral_norm
 from bigbigan.presets import EMBEDDED, PRESETS
 from bigbigan.training.recipes import RECIPES
@@ -16,7 +17,10 @@ from bigbigan.training.step import Batch, TrainingState, train_step
 
 def test_step_is_the_one_of_standard_parts() -> None:
     # D stands still, so that the losses of all its steps, and G's and E's, are at weights that are the same.
-    config = replace(RECIPES[EMBEDDED], model=PRESETS["bigbigan-tiny"].config, precision="fp64", lr_d=1e-15)
+    # E sees 64 pixels and D their means over 2x2, as the paper's networks do at 256 and 128.
+    model = PRESETS["bigbigan-tiny"].config
+    model = replace(model, encoder=replace(model.encoder, resolution=64), preprocess=PreprocessConfig(64))
+    config = replace(RECIPES[EMBEDDED], model=model, precision="fp64", lr_d=1e-15)
     state = TrainingState(config)
     draws = torch.Generator().manual_seed(1)
     for network in state.networks.values():
@@ -39,7 +43,7 @@ def test_step_is_the_one_of_standard_parts() -> None:
                 close(a.weight.grad, raw_weight(b).grad, 1e-6)
 
 
-SHAPES = ((3, 32, 32), (8,), (8,))
+SHAPES = ((3, 64, 64), (8,), (8,))
 
 
 def test_standard_parts_have_as_many_parameters() -> None:

@@ -20,7 +20,7 @@ ALL = variants.VARIANTS | variants.OUTSIDE
 @pytest.fixture(scope="module")
 def tfhub() -> SimpleNamespace:
     """TensorFlow and the parts of the builder that need it."""
-    pytest.importorskip("tensorflow")
+    pytest.importorskip("tensorflow", reason="pip install -e '.[convert]'")
     import tensorflow as tf
     from tfhub_builder import hostile, module, numpy_reference
 

@@ -21,6 +21,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 import bigbigan
+from bigbigan import files
 from bigbigan.discriminator import DiscriminatorOutput
 from bigbigan.layers import SpectralNorm, advance_spectral_norm
 from bigbigan.presets import PRESETS
@@ -182,6 +183,28 @@ def test_ema_rampup_shortens_the_halflife_early() -> None:
     assert average.decay(10**9, 10) == pytest.approx(0.5 ** (10 / 1000))
 
 
+def test_ema_copies_the_weights_until_it_starts() -> None:
+    average = EMA(nn.Linear(1, 1), halflife_images=1000, start_images=500)
+    assert average.decay(500, 10) == 0
+    assert average.decay(510, 10) == pytest.approx(0.5 ** (10 / 1000))
+
+
+@pytest.mark.parametrize(
+    ("rule", "decay"),
+    [
+        ({"ema_rampup": 0.05}, 0.5 ** (4 / 50)),  # a twentieth of 1000 images
+        ({"ema_rampup": 0.0}, 0.5 ** (4 / 100)),
+        ({"ema_rampup": 0.0, "ema_start_images": 1000}, 0.0),
+    ],
+)
+def test_steps_average_by_the_rule_of_their_configuration(rule: dict[str, float], decay: float) -> None:
+    state = TrainingState(dataclasses.replace(TINY, lr_g=0.1, ema_halflife_images=100, **rule))
+    before = state.ema["generator"].module.conv.weight.clone()
+    train_step(state, lambda i: tiny_batch(0, i), 1000)
+    expected = decay * before + (1 - decay) * state.generator.conv.weight
+    torch.testing.assert_close(state.ema["generator"].module.conv.weight, expected)
+
+
 def test_exported_ema_weights_have_spectral_norm_one() -> None:
     """Dividing the average by what the live or the averaged vectors give would leave norms above one."""
     state = TrainingState(TINY)
@@ -341,8 +364,8 @@ def test_settings_can_be_corrected_until_there_is_a_checkpoint(photos: Path, tmp
 
 def test_a_killed_process_leaves_its_run_to_the_next_though_its_workers_live(tmp_path: Path) -> None:
     code = (
-        "import os, sys, time, pathlib; from bigbigan.training.runfolder import hold\n"
-        "with hold(pathlib.Path(sys.argv[1])):\n"
+        "import os, sys, time, pathlib; from bigbigan.training.runfolder import claim_run\n"
+        "with claim_run(pathlib.Path(sys.argv[1])):\n"
         "    if os.fork(): print('held', flush=True)\n"
         "    time.sleep(60)"
     )
@@ -350,11 +373,11 @@ def test_a_killed_process_leaves_its_run_to_the_next_though_its_workers_live(tmp
     with subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True) as process:
         try:
             assert process.stdout is not None and process.stdout.readline() == b"held\n"
-            with pytest.raises(ConfigError, match="another process trains in"), runfolder.hold(tmp_path):
+            with pytest.raises(ConfigError, match="another process trains in"), runfolder.claim_run(tmp_path):
                 pass
             process.kill()
             process.wait()
-            with runfolder.hold(tmp_path):
+            with runfolder.claim_run(tmp_path):
                 pass
         finally:
             os.killpg(process.pid, signal.SIGKILL)
@@ -363,13 +386,13 @@ def test_a_killed_process_leaves_its_run_to_the_next_though_its_workers_live(tmp
 def test_a_file_system_without_locks_is_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def refuse(*_: object) -> None:
+    def refuse(*_: object, **__: object) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
-    monkeypatch.setattr(runfolder, "_lock", refuse)
-    with runfolder.hold(tmp_path):
+    monkeypatch.setattr(files, "_lock", refuse)
+    with runfolder.claim_run(tmp_path):
         pass
-    assert f"{tmp_path} cannot be locked" in caplog.text
+    assert f"{tmp_path}/.lock cannot be locked" in caplog.text
 
 
 @pytest.mark.slow

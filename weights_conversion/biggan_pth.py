@@ -27,6 +27,7 @@ from torch import Tensor
 from bigbigan import __version__
 from bigbigan.config import GENERATOR_CHANNELS, BigBiGANConfig, GeneratorConfig, ModelInfo, PreprocessConfig
 from bigbigan.model import BigBiGAN
+from bigbigan.modelfolder import claim_folder
 from weights_conversion.errors import ConversionError
 
 EPS = 1e-4  # of spectral norm and batch norm alike
@@ -48,9 +49,15 @@ def convert_checkpoint(path: Path, output: Path, *, name: str | None = None) -> 
     Raises:
         ConversionError: the file is no such checkpoint; nothing is written then.
         FileNotFoundError: there is no such file.
+        FileExistsError, OutputError: `output` holds anything but a model folder, or another process is writing it.
     """
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
+    with claim_folder(output):
+        return _convert(path, output, name)
+
+
+def _convert(path: Path, output: Path, name: str | None) -> Path:
     config, state = match_checkpoint(read_checkpoint(path))
     info = ModelInfo(
         name or path.stem,

@@ -16,6 +16,7 @@ from torch import Tensor
 from bigbigan import __version__, hub
 from bigbigan import images as image_io
 from bigbigan.config import ModelInfo
+from bigbigan.modelfolder import claim_folder
 from bigbigan.presets import PRESETS, normalize
 from bigbigan.schema import to_dict
 from weights_conversion.download import Source, located
@@ -47,19 +48,22 @@ def convert(
     Raises:
         ConversionError: the source is no BigBiGAN module, holds what the port does not express, or the port's
             outputs differ from the module's; nothing is written then.
-        FileNotFoundError, OSError: there is no such source, or it cannot be downloaded.
+        FileNotFoundError, OSError: there is no such source, it cannot be downloaded, or `output` holds anything but a
+            model folder.
+        OutputError: another process is writing `output`.
     """
     with located(source) as found:
         if name is not None:
             found = replace(found, name=normalize(name) if normalize(name) in PRESETS else name)
         target = Path(output) if output is not None else default_folder(found.name)
-        module = Module(found.folder)
-        matched = match(module)
-        report(_summary(found.name, matched))
-        differences = verify(module, matched.model, matched.default_output, _read(images, matched))
-        report(table(differences))
-        matched.model.info = _info(found, module, matched, differences)
-        matched.model.save(target)
+        with claim_folder(target):
+            module = Module(found.folder)
+            matched = match(module)
+            report(_summary(found.name, matched))
+            differences = verify(module, matched.model, matched.default_output, _read(images, matched))
+            report(table(differences))
+            matched.model.info = _info(found, module, matched, differences)
+            matched.model.save(target)
         return target
 
 

@@ -6,6 +6,7 @@ import argparse
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bigbigan.commands.options import choose_device, names, positive
@@ -153,6 +154,11 @@ class Splits:
         self._size, self._workers = arguments.batch_size, arguments.workers or default_workers()
         # A few: baselines share the model's preprocessing, but no sum of all decoded images should fill the memory.
         self.images = functools.lru_cache(maxsize=4)(self._images)
+
+    @property
+    def files(self) -> list[Path]:
+        """Those that hold an image each."""
+        return [source for part in (self.train, self.test) for source in part.sources if isinstance(source, Path)]
 
     def _images(self, part: str, config: PreprocessConfig, channels: int) -> SplitImages:
         return SplitImages(getattr(self, part), config, channels, self._size, self._workers)

@@ -30,7 +30,8 @@ def add_parsers(commands: Commands) -> None:
         "  .npz          an array [N, D] an output, and `paths`\n"
         "  .safetensors  a tensor [N, D] an output, and a JSON list `paths` in the metadata\n"
         "  .parquet      a column `path`, and a list column an output (needs pyarrow)\n"
-        "Names are relative to the folder, if one folder is given. Outputs of an encoder:\n"
+        "Names are relative to the folder, if one folder is given; bytes of them that are not UTF-8 become \\xNN.\n"
+        "Outputs of an encoder:\n"
         "  avepool_feat   average pool of the last layer, the features to start from\n"
         "  bn_crelu_feat  [ReLU(h), ReLU(-h)] of the batch-normalised average pool h, twice as wide\n"
         "  z_mean, z_stdev, z_sample   the latent's distribution, and a sample of it\n\n"
@@ -41,7 +42,8 @@ def add_parsers(commands: Commands) -> None:
         "Several processes share the work under torchrun --nproc-per-node 2 -m bigbigan encode …; their rows differ\n"
         "from those of one by rounding alone.",
         "Example: bigbigan encode photos/ -o features.npz --outputs avepool_feat\n"
-        "Exit codes: 0 all done, 1 some files failed, 2 wrong usage or no such model, 3 no file worked.",
+        "Exit codes: 0 all done, 1 some files failed, 2 wrong usage, no such model, or the output cannot be written,\n"
+        "3 no file worked.",
     )
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files, or folders of them")
     parser.add_argument("-o", "--output", required=True, metavar="FILE", help=".npz, .safetensors or .parquet")

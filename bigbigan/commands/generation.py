@@ -12,12 +12,14 @@ from bigbigan.commands.options import (
     Commands,
     add_command,
     add_model_options,
+    add_output,
     choose_device,
     open_model,
     positive,
     set_threads,
 )
 from bigbigan.commands.records import DATA, ENDING, add_record_option, add_workers_option, make_record, print_record
+from bigbigan.outputs import STATISTICS
 
 if TYPE_CHECKING:
     from bigbigan.evaluation.feature_networks import FeatureNetwork
@@ -38,6 +40,7 @@ def add_generation(protocols: Commands) -> None:
         ".npy, from any generator. Reference images are read as --model reads them, and pooled to its samples' size;\n"
         "beside --samples without --model, their largest centre square is scaled to the size of the samples.\n\n"
         "Networks: inception   torch-fidelity's; only its figures are FID, KID and Inception Score\n"
+        "          efficientnet-lite0   trained on ImageNet; its weights are a package, so nothing is downloaded\n"
         "          model:NAME  avepool_feat of a model's encoder; no classes, so no classifier score\n"
         "          FILE.py:F   the FeatureNetwork that F() returns; this runs FILE.py, as `python FILE.py` would\n"
         + DATA,
@@ -58,7 +61,13 @@ def add_generation(protocols: Commands) -> None:
     reference.add_argument("--data", metavar="PATH", help="real images; needed unless --statistics has them")
     reference.add_argument("--split", default="train", help="(default: %(default)s); train[:10000] is a part of it")
     reference.add_argument("--statistics", metavar="FILE", help="mean and covariance from --save-statistics; no KID")
-    reference.add_argument("--save-statistics", metavar="FILE", help="those of the reference: .npz or .safetensors")
+    add_output(
+        reference,
+        "--save-statistics",
+        kind=STATISTICS,
+        metavar="FILE",
+        help="those of the reference: .npz or .safetensors",
+    )
     scores = parser.add_argument_group("scores")
     scores.add_argument("--network", default="inception", metavar="NETWORK", help="(default: %(default)s)")
     scores.add_argument(
@@ -174,11 +183,16 @@ def _samples(arguments: argparse.Namespace) -> tuple[ImageSet, BigBiGAN | None]:
 
 
 def _network(arguments: argparse.Namespace) -> FeatureNetwork:
-    from bigbigan.evaluation.feature_networks import FeatureNetwork, encoder_network, inception_network
+    from bigbigan.evaluation.feature_networks import (
+        FeatureNetwork,
+        efficientnet_network,
+        encoder_network,
+        inception_network,
+    )
 
     name: str = arguments.network
-    if name == "inception":
-        return inception_network(choose_device(arguments.device))
+    if name in (known := {"inception": inception_network, "efficientnet-lite0": efficientnet_network}):
+        return known[name](choose_device(arguments.device))
     if name.startswith("model:"):
         from bigbigan import hub
 
@@ -186,7 +200,7 @@ def _network(arguments: argparse.Namespace) -> FeatureNetwork:
         return encoder_network(hub.load(name.removeprefix("model:"), parts=("encoder",), device=device))
     script, _, function = name.partition(".py:")
     if not function:
-        raise ValueError(f"--network is {name!r}; give inception, model:NAME or FILE.py:FUNCTION")
+        raise ValueError(f"--network is {name!r}; give {', '.join(known)}, model:NAME or FILE.py:FUNCTION")
     if not Path(script + ".py").is_file():
         raise ValueError(f"--network: there is no file {script}.py")
     made = _call(script + ".py", function)

@@ -197,6 +197,20 @@ def _files(path: str) -> _Stored:
     return _Stored(len(dataset), channels, side, dataset.digest, at)
 
 
+def picture_files(path: str | None) -> list[Path]:
+    """The files that a path of images stands for: itself, or the pictures in a folder."""
+    from bigbigan.images import list_images
+
+    if path is None or not Path(path).exists():
+        return []
+    if not Path(path).is_dir():
+        return [Path(path)]
+    try:
+        return list_images(path)
+    except ValueError:  # none: a folder of Parquet
+        return []
+
+
 def named_images(folder: Path, names: list[str]) -> Tensor:
     """uint8 [N, C, S, S] of the pictures in a folder that have these names, apart from their suffix.
 

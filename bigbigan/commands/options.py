@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+import contextlib
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from bigbigan.outputs import PICTURE, Kind, OutputError, check_output, claim
 
 if TYPE_CHECKING:
     from bigbigan.model import BigBiGAN
 
 Commands = Any  # what `add_subparsers` returns has no public name
-PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 # A fixed width: the help reads the same everywhere.
 help_formatter: Any = partial(argparse.RawDescriptionHelpFormatter, width=96, max_help_position=28)
@@ -134,14 +136,34 @@ def open_model(arguments: argparse.Namespace, parts: Sequence[str] | None, name:
     return hub.load(name or arguments.model, parts=parts, device=device, **options)
 
 
-def check_picture(path: str, inputs: Sequence[str | Path] = ()) -> None:
-    """Refuses before any work what could not be written after it, or would overwrite an input."""
-    target = Path(path)
-    suffix = target.suffix.lower()
-    if suffix not in PICTURE_SUFFIXES:
-        raise ValueError(f"{path}: cannot write {suffix or 'no suffix'!r}; use {', '.join(PICTURE_SUFFIXES)}")
-    if target.exists() and any(given.exists() and given.samefile(target) for given in map(Path, inputs)):
-        raise ValueError(f"{path} is an input and would be overwritten; choose another output")
+def add_output(parser: Any, *flags: str, kind: Kind, **options: Any) -> None:
+    """An option, of a parser or a group, for a file that `claim_outputs` keeps for the command."""
+    action = parser.add_argument(*flags, **options)
+    parser.set_defaults(claimed=[*(parser.get_default("claimed") or ()), (action.dest, kind)])
+
+
+@contextlib.contextmanager
+def claim_outputs(arguments: argparse.Namespace) -> Iterator[None]:
+    """Keeps the files of `add_output` for this command from its start to its end.
+
+    Raises:
+        OutputError: as `bigbigan.outputs.claim`, or two of them are one file.
+    """
+    taken: set[str] = set()
+    with contextlib.ExitStack() as stack:
+        for name, kind in getattr(arguments, "claimed", ()):
+            if (path := getattr(arguments, name)) is None:
+                continue
+            if (real := os.path.realpath(path)) in taken:
+                raise OutputError(f"{path} is named for two outputs; give each a file of its own")
+            taken.add(real)
+            stack.enter_context(claim(path, kind))
+        yield
+
+
+def check_picture(path: str, inputs: Iterable[str | os.PathLike[str]] = ()) -> None:
+    """Refuses, before any work, a picture that could not be written, or would overwrite an input."""
+    check_output(path, PICTURE, inputs)
 
 
 def columns_text(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

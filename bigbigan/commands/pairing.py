@@ -17,12 +17,12 @@ logger = logging.getLogger(__name__)
 
 def row_names(dataset: ImageDataset) -> list[str]:
     """What each image is called: its path in the folder of its split, or for rows without names 000000, 000001, …"""
-    from bigbigan.evaluation.encoding import name_text
+    from bigbigan.files import file_name
 
     if dataset.root is None:
         return [f"{index:06d}" for index in range(len(dataset))]
     paths = (Path(dataset.name(index)) for index in range(len(dataset)))
-    return [name_text(path.relative_to(dataset.root)) for path in paths]
+    return [file_name(path.relative_to(dataset.root)) for path in paths]
 
 
 def row_order(dataset: ImageDataset, names: Sequence[str] | None, where: str) -> Tensor | None:
@@ -70,14 +70,14 @@ def _spellings(dataset: ImageDataset, own: list[str], names: Sequence[str]) -> I
     """What the images may be called in a file, as a list of all."""
     yield own
     if dataset.root is not None:
-        from bigbigan.evaluation.encoding import name_text
+        from bigbigan.files import file_name
 
-        parts = Path(name_text(dataset.root.absolute())).parts
+        parts = Path(file_name(dataset.root.absolute())).parts
         for start in range(len(parts) - 1, -1, -1):
             prefix = PurePosixPath(*parts[start:]).as_posix()
             if names and names[0].startswith(prefix):  # all of them are written out only if this may be it
                 yield [f"{prefix.rstrip('/')}/{name}" for name in own]
-        given = name_text(dataset.root)
+        given = file_name(dataset.root)
         if names and names[0].startswith(given):
             yield [f"{given}/{name}" for name in own]
         return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,14 +13,18 @@ from bigbigan.commands.options import (
     add_fuse_option,
     add_image_options,
     add_model_options,
+    add_output,
     check_picture,
     image_options,
     open_model,
     positive,
 )
+from bigbigan.outputs import PICTURE, claim, claim_pictures
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from bigbigan.model import BigBiGAN
 
 BATCH = 32
 
@@ -37,6 +42,7 @@ def _add_generate(commands: Commands) -> None:
         _generate,
         "draw images from random latents\n\n"
         "Writes one picture with all of them in a grid, or a folder of files 000000.png, 000001.png, …\n"
+        "A folder that holds such files already is refused, unless --overwrite replaces all of them.\n"
         "Image i depends on the seed and i alone: a larger -n adds to the same images.",
         "Example: bigbigan generate -n 64 -o samples.png --seed 1\nExit codes: 0 done, 2 wrong usage or no such model.",
     )
@@ -48,6 +54,9 @@ def _add_generate(commands: Commands) -> None:
         required=True,
         metavar="PATH",
         help=".png, .jpg or .webp for a grid; a folder (existing, or ending in /) for single files",
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace the pictures 000000.png, … of an earlier call in the folder"
     )
     parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
     parser.add_argument(
@@ -80,7 +89,7 @@ def _add_reconstruct(commands: Commands) -> None:
         "Exit codes: 0 done, 2 wrong usage, no such model or an unreadable image.",
     )
     parser.add_argument("images", nargs="*", metavar="IMAGE", help="image files, or folders of them")
-    parser.add_argument("-o", "--output", required=True, metavar="PICTURE", help=".png, .jpg or .webp")
+    add_output(parser, "-o", "--output", kind=PICTURE, required=True, metavar="PICTURE", help=".png, .jpg or .webp")
     parser.add_argument("--use-sample", action="store_true", help="from a sample of the latent, not from its mean")
     parser.add_argument("--seed", type=int, default=0, help="of the sample (default: %(default)s)")
     parser.add_argument("--upsample", action="store_true", help="enlarge to the size of the `upsampled` output")
@@ -102,7 +111,7 @@ def _add_interpolate(commands: Commands) -> None:
     )
     parser.add_argument("a", metavar="A", help="an image file")
     parser.add_argument("b", metavar="B", help="another one")
-    parser.add_argument("-o", "--output", required=True, metavar="PICTURE", help=".png, .jpg or .webp")
+    add_output(parser, "-o", "--output", kind=PICTURE, required=True, metavar="PICTURE", help=".png, .jpg or .webp")
     parser.add_argument("--steps", type=positive, default=8, metavar="N", help="drawings (default: %(default)s)")
     parser.add_argument("--spherical", action="store_true", help="along the arc, not the straight line")
     parser.add_argument("--upsample", action="store_true", help="enlarge to the size of the `upsampled` output")
@@ -124,16 +133,24 @@ def _add_layout_options(parser: argparse.ArgumentParser, columns: str | None = N
 
 
 def _generate(arguments: argparse.Namespace) -> int:
+    output = Path(arguments.output)
+    single = arguments.output.endswith("/") or output.is_dir()
+    if arguments.name and arguments.model:
+        raise ValueError(f"MODEL is {arguments.name} and --model is {arguments.model}; give one of them")
+    if single:
+        with claim_pictures(output, overwrite=arguments.overwrite) as earlier:
+            return _draw(arguments, output, earlier)
+    with claim(output, PICTURE):
+        return _draw(arguments, output, None)
+
+
+def _draw(arguments: argparse.Namespace, output: Path, earlier: list[Path] | None) -> int:
+    """Into a folder, in place of `earlier` pictures there; None: into one picture."""
     from bigbigan.grids import enlargement, make_grid
     from bigbigan.images import save_image
 
-    output = Path(arguments.output)
-    single = arguments.output.endswith("/") or output.is_dir()
-    if not single:
-        check_picture(arguments.output)
-    if arguments.name and arguments.model:
-        raise ValueError(f"MODEL is {arguments.name} and --model is {arguments.model}; give one of them")
     model = open_model(arguments, ("generator",), arguments.name)
+    _check_layout(arguments, model, arguments.number if earlier is None else 1, arguments.columns)
     drawn = []
     for start in range(0, arguments.number, BATCH):
         z = model.sample_latents(
@@ -144,9 +161,11 @@ def _generate(arguments: argparse.Namespace) -> int:
             truncation_mode=arguments.truncation_mode,
         )
         images = model.generate(z, upsample=arguments.upsample)  # [n, C, S, S]
-        if not single:
+        if earlier is None:
             drawn.append(images)
             continue
+        while earlier:  # the first new images are there: the old ones go before the two can mix
+            earlier.pop().unlink()
         for index, image in enumerate(images, start):
             save_image(make_grid(image[None], scale=arguments.scale or 1), output / f"{index:06d}.png")
     if drawn:
@@ -170,10 +189,12 @@ def _reconstruct(arguments: argparse.Namespace) -> int:
         raise ValueError("name the images to reconstruct; only the package's own model brings some along")
     check_picture(arguments.output, files)
     model = open_model(arguments, ("generator", "encoder"))
+    columns = min(arguments.columns or 8, len(files))
+    _check_layout(arguments, model, 2 * columns * math.ceil(len(files) / columns), columns)
     x = model.preprocess(files, **image_options(arguments))
     options = {"use_sample": arguments.use_sample, "upsample": arguments.upsample, "seed": arguments.seed}
     again = model.reconstruct(x, **options)
-    save_image(make_pairs(x, again, arguments.columns or 8, scale=arguments.scale), arguments.output)
+    save_image(make_pairs(x, again, columns, scale=arguments.scale), arguments.output)
     return 0
 
 
@@ -186,6 +207,7 @@ def _interpolate(arguments: argparse.Namespace) -> int:
     images = [arguments.a, arguments.b]
     check_picture(arguments.output, images)
     model = open_model(arguments, ("generator", "encoder"))
+    _check_layout(arguments, model, arguments.steps + 2, arguments.steps + 2)
     x = model.preprocess(images, **image_options(arguments))
     z = model.encode(x).z_mean
     way = slerp if arguments.spherical else torch.lerp
@@ -195,6 +217,15 @@ def _interpolate(arguments: argparse.Namespace) -> int:
     strip = torch.cat([ends[:1], drawn, ends[1:]])
     save_image(make_grid(strip, len(strip), scale=arguments.scale or enlargement(drawn)), arguments.output)
     return 0
+
+
+def _check_layout(arguments: argparse.Namespace, model: BigBiGAN, number: int, columns: int | None) -> None:
+    """Refuses a picture that would be too large before anything is drawn."""
+    from bigbigan.grids import CELL, grid_layout
+
+    config = model.part("generator").config
+    side = config.upsample_size if arguments.upsample else config.resolution
+    grid_layout(number, (side, side), columns, scale=arguments.scale or max(1, CELL // side))
 
 
 def slerp(a: Tensor, b: Tensor, t: Tensor) -> Tensor:

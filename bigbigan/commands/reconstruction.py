@@ -9,11 +9,12 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from bigbigan.commands.comparison import Splits
-from bigbigan.commands.image_sets import ARRAYS, given_images, named_images, pooled
+from bigbigan.commands.image_sets import ARRAYS, given_images, named_images, picture_files, pooled
 from bigbigan.commands.options import (
     Commands,
     add_command,
     add_model_options,
+    add_output,
     check_picture,
     choose_device,
     open_model,
@@ -21,6 +22,7 @@ from bigbigan.commands.options import (
     set_threads,
 )
 from bigbigan.commands.records import DATA, ENDING, add_data_options, make_record, print_record
+from bigbigan.outputs import PICTURE
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,7 +51,9 @@ def add_reconstruction(protocols: Commands) -> None:
     )
     add_data_options(parser)
     parser.add_argument("--reconstructions", metavar="PATH", help="those of another method, in place of the model's")
-    parser.add_argument("--grid", metavar="PICTURE", help="also draw test images above their reconstructions")
+    add_output(
+        parser, "--grid", kind=PICTURE, metavar="PICTURE", help="also draw test images above their reconstructions"
+    )
     parser.add_argument(
         "--epochs", type=positive, default=6, metavar="N", help="of the classifier (default: %(default)s)"
     )
@@ -75,11 +79,11 @@ def _reconstruction(arguments: argparse.Namespace) -> int:
     from bigbigan.evaluation import reconstruction_report, train_classifier
     from bigbigan.schema import to_dict
 
-    if arguments.grid:
-        check_picture(arguments.grid)
     set_threads(arguments)
     splits = Splits(arguments)
     train, test = splits.train, splits.test
+    if arguments.grid:
+        check_picture(arguments.grid, [*splits.files, *picture_files(arguments.reconstructions)])
     what = _given(arguments, test) if arguments.reconstructions else _modelled(arguments)
     train_x, test_x = (splits.images(part, what.preprocess, what.channels).decoded for part in ("train", "test"))
     classes = max(len(train.class_names), int(train.labels.max()) + 1)

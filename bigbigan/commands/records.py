@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bigbigan.commands.options import positive
+from bigbigan.commands.options import add_output, positive
+from bigbigan.outputs import RECORD
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,8 +50,13 @@ def add_workers_option(parser: argparse.ArgumentParser) -> None:
 
 
 def add_record_option(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--json", type=_record_path, metavar="FILE", help="write the record there instead of printing it"
+    add_output(
+        parser,
+        "--json",
+        kind=RECORD,
+        type=_record_path,
+        metavar="FILE",
+        help="write the record there instead of printing it",
     )
 
 
@@ -95,14 +101,18 @@ def make_record(
 def print_record(
     arguments: argparse.Namespace, header: Sequence[str], rows: Sequence[Sequence[str]], record: dict[str, Any]
 ) -> None:
-    """A Markdown table, and the record, or where --json wants it."""
+    """Prints a Markdown table, and the record unless --json has a file for it, or if that cannot be written."""
     from bigbigan.evaluation.report import record_text, table_lines
     from bigbigan.files import atomic_write
 
     text = record_text({**record, "command": shlex.join(["bigbigan", *arguments.argv])})
-    if arguments.json:
-        with atomic_write(arguments.json) as temporary:
-            temporary.write_text(text, encoding="utf-8")
     print(*table_lines(header, rows), sep="\n")
     if not arguments.json:
         print(f"\n{text}", end="")
+        return
+    try:
+        with atomic_write(arguments.json) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    except OSError:  # a full disk must not cost hours of work
+        print(f"\n{text}", end="")
+        raise

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import logging
+import re
 from pathlib import Path
 from typing import Any
 
-from bigbigan.commands.options import Commands, add_command
+from bigbigan.commands.options import Commands, add_command, add_output
+from bigbigan.files import atomic_write, file_name
+from bigbigan.outputs import PICTURE, PLOT, REPORT, claim
+
+logger = logging.getLogger(__name__)
 
 
 def add_parsers(commands: Commands) -> None:
@@ -24,41 +31,59 @@ def add_parsers(commands: Commands) -> None:
     parser.add_argument(
         "inputs", nargs="+", metavar="PATH", help="a record (.json), a folder of records, or a run folder of `train`"
     )
-    parser.add_argument("-o", "--output", metavar="FILE", help="the document (default: stdout, without plots)")
+    add_output(
+        parser,
+        "-o",
+        "--output",
+        kind=REPORT,
+        metavar="FILE",
+        help="the document, .md or .txt (default: stdout, without plots)",
+    )
     parser.add_argument("--title", default="Evaluation", help="(default: %(default)s)")
 
 
 def _report(arguments: argparse.Namespace) -> int:
     from bigbigan.evaluation.plots import draw_group, draw_runs
     from bigbigan.evaluation.report import group_records, markdown_report
-    from bigbigan.files import atomic_write
 
     records, runs = _read(list(map(Path, arguments.inputs)))
-    output = Path(arguments.output) if arguments.output else None
-    if output is not None and (output.is_dir() or output.suffix.lower() in (".json", ".jsonl", ".png")):
-        raise ValueError(f"{output} is no place for a document; name a file such as report.md")
     groups = group_records(records)
-    pictures: dict[int, str] = {}
     lines = [f"# {arguments.title}", ""]
-    for number, group in enumerate(groups):
-        if output is not None:
-            picture = output.with_name(f"{output.stem}-{group.name}-{number + 1}.png")
+    if not arguments.output:
+        lines += markdown_report(groups, {})
+        lines += ["## Training runs", "", *_run_lines(runs), ""] if runs else []
+        print("\n".join(lines), end="")
+        return 0
+    output = Path(arguments.output)
+    with contextlib.ExitStack() as stack:
+        earlier = output.read_text(encoding="utf-8") if output.exists() else ""
+        pictures: dict[int, str] = {}
+        for number, group in enumerate(groups):
+            picture = _claim_plot(stack, output, f"{group.name}-{number + 1}", earlier)
             if draw_group(group, picture):
                 pictures[number] = picture.name
-    lines += markdown_report(groups, pictures)
-    if runs:
-        lines += ["## Training runs", "", *_run_lines(runs), ""]
-        if output is not None:
-            picture = output.with_name(f"{output.stem}-runs.png")
+        lines += markdown_report(groups, pictures)
+        if runs:
+            picture = _claim_plot(stack, output, "runs", earlier)
             draw_runs(runs, picture)
-            lines += [f"![training runs]({picture.name})", ""]
-    text = "\n".join(lines)
-    if output is None:
-        print(text, end="")
-        return 0
-    with atomic_write(output) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+            lines += ["## Training runs", "", *_run_lines(runs), "", f"![training runs]({picture.name})", ""]
+        text = "\n".join(lines)
+        with atomic_write(output) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    if unused := sorted(_shown(earlier) - _shown(text)):
+        logger.info("no longer in %s, and left where they are: %s", output, ", ".join(unused))
     return 0
+
+
+def _claim_plot(stack: contextlib.ExitStack, output: Path, name: str, earlier: str) -> Path:
+    """The place of a plot beside the document. Plots of earlier versions carry no mark, but the document shows them."""
+    picture = output.with_name(f"{output.stem}-{name}.png")
+    stack.enter_context(claim(picture, PICTURE if picture.name in _shown(earlier) else PLOT))
+    return picture
+
+
+def _shown(document: str) -> set[str]:
+    return set(re.findall(r"^!\[[^\]]*\]\((.+\.png)\)$", document, re.MULTILINE))
 
 
 def _read(inputs: list[Path]) -> tuple[dict[str, dict[str, Any]], dict[str, list[dict[str, Any]]]]:
@@ -77,7 +102,7 @@ def _read(inputs: list[Path]) -> tuple[dict[str, dict[str, Any]], dict[str, list
 def _short_names(paths: list[Path]) -> dict[str, Path]:
     paths = list({path.resolve(): path for path in paths}.values())
     names = [path.resolve().name for path in paths]
-    return {name if names.count(name) == 1 else str(path): path for name, path in zip(names, paths, strict=True)}
+    return {file_name(name if names.count(name) == 1 else path): path for name, path in zip(names, paths, strict=True)}
 
 
 def _run_lines(runs: dict[str, list[dict[str, Any]]]) -> list[str]:

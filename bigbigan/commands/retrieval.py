@@ -9,16 +9,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bigbigan.commands.comparison import add_cache_option
-from bigbigan.commands.image_sets import BATCH
+from bigbigan.commands.image_sets import BATCH, picture_files
 from bigbigan.commands.options import (
     Commands,
     add_command,
     add_model_options,
+    add_output,
     check_picture,
     open_model,
     positive,
 )
 from bigbigan.commands.records import DATA, ENDING, add_record_option, add_workers_option, make_record, print_record
+from bigbigan.files import path_named
+from bigbigan.outputs import PICTURE
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -59,7 +62,7 @@ def add_retrieval(protocols: Commands) -> None:
     parser.add_argument("--metric", choices=("cosine", "l2"), default="cosine", help="(default: %(default)s)")
     parser.add_argument("--k", type=positive, nargs="+", default=[10], metavar="K", help="neighbours (default: 10)")
     parser.add_argument("--keep-query", action="store_true", help="leave a query among its neighbours")
-    parser.add_argument("-o", "--output", metavar="PICTURE", help=".png, .jpg or .webp")
+    add_output(parser, "-o", "--output", kind=PICTURE, metavar="PICTURE", help=".png, .jpg or .webp")
     parser.add_argument(
         "--rows", type=positive, default=8, metavar="N", help="queries in the picture (default: %(default)s)"
     )
@@ -87,7 +90,8 @@ def _retrieval(arguments: argparse.Namespace) -> int:
     from bigbigan.evaluation.retrieval import precision_at, retrieve
 
     if arguments.output:
-        check_picture(arguments.output, list(map(Path, arguments.queries)))
+        given = [*arguments.queries, arguments.data.partition("?")[0]]
+        check_picture(arguments.output, (file for path in given for file in picture_files(path)))
     if arguments.queries and arguments.query_split:
         raise ValueError("give QUERY files or --query-split, not both")
     if arguments.features and arguments.query_split:
@@ -219,7 +223,7 @@ def _stored(arguments: argparse.Namespace, model: BigBiGAN) -> _Images:
         rows,
         labels_of(names),
         names.__getitem__,
-        lambda indices: _read(model, [root / names[index] for index in indices]),
+        lambda indices: _read(model, [root / path_named(names[index]) for index in indices]),
         {"digest": file_digest(path), "images": len(names), "features": path.name},
     )
 
@@ -269,7 +273,7 @@ def _check_encoder(arguments: argparse.Namespace, model: BigBiGAN, gallery: _Ima
 
 
 def _where(arguments: argparse.Namespace, name: str) -> Path:
-    return (Path(arguments.data) / name if arguments.features else Path(name)).resolve()
+    return (Path(arguments.data) / path_named(name) if arguments.features else Path(name)).resolve()
 
 
 def _read(model: BigBiGAN, files: list[Path]) -> Tensor:

@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,10 +44,12 @@ def _add_train(commands: Commands) -> None:
         commands,
         "train",
         _train,
-        "train a model, or go on with a run\n\n"
-        "Prints the whole configuration as JSON, then trains. The run folder holds config.json, metrics.jsonl,\n"
-        "samples/ (pictures), snapshots/ (model folders) and checkpoints/: the same command goes on from the last\n"
-        "checkpoint, bit for bit on a CPU. SIGTERM and ctrl-C finish the step and write a checkpoint first.\n\n"
+        "train a model, or resume a run\n\n"
+        "The run folder holds config.json (the whole configuration, as --dry-run prints it), metrics.jsonl,\n"
+        "samples/ (pictures), snapshots/ (model folders) and checkpoints/. The same command resumes from the last\n"
+        "checkpoint, bit for bit on a CPU; total_images, standing_passes, log_images, checkpoint_images,\n"
+        "snapshot_images, probe_images and probe_l2 may change then. SIGTERM and ctrl-C finish the step and write a\n"
+        "checkpoint first.\n\n"
         "Several processes: torchrun --nproc-per-node 8 -m bigbigan train … --run-folder FOLDER trains on all of them\n"
         "as one would with the same batch_size, which is that of all together; batch norm sees it whole. Where it\n"
         "does not fit, accumulate=K takes the mean gradient of K micro-batches. For networks without batch norm (D)\n"
@@ -85,7 +87,9 @@ def _add_train(commands: Commands) -> None:
         help="start from this model (a folder, a name from `bigbigan list`, or org/name), whose networks replace the "
         "recipe's; the recipe gives everything else. Before the first step they compute exactly what the model does",
     )
-    parser.add_argument("--max-minutes", type=float, metavar="M", help="checkpoint and stop after so long")
+    parser.add_argument(
+        "--max-minutes", type=float, metavar="M", help="after M minutes write a checkpoint and a snapshot, and stop"
+    )
     parser.add_argument(
         "--keep", type=int, default=2, metavar="N", help="newest checkpoints kept (default: %(default)s)"
     )
@@ -100,8 +104,8 @@ def _add_train(commands: Commands) -> None:
         type=float,
         default=30.0,
         metavar="M",
-        help="give up when another process does not answer for so long; the first one makes snapshots while the others "
-        "wait (default: %(default)g)",
+        help="give up when another process has not answered for M minutes; snapshots may take longer (default: "
+        "%(default)g)",
     )
     parser.add_argument(
         "--tensorboard", action="store_true", help="also write FOLDER/tensorboard (pip install tensorboard)"
@@ -109,7 +113,7 @@ def _add_train(commands: Commands) -> None:
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="print the configuration, and what a step takes in parameters, arithmetic and memory, and stop",
+        help="print the configuration as JSON, and what a step takes in parameters, arithmetic and memory, and stop",
     )
     add_run_options(parser)
 
@@ -258,7 +262,7 @@ def _train(arguments: argparse.Namespace) -> int:
         raise ValueError("training needs --data and --run (or --dry-run, to see the configuration alone)")
     is_main = os.environ.get("RANK", "0") == "0"
     set_threads(arguments)
-    if is_main:
+    if arguments.dry_run and is_main:
         print(json.dumps(to_dict(config), indent=2), flush=True)
     if arguments.tensorboard:
         require_tensorboard()
@@ -266,7 +270,7 @@ def _train(arguments: argparse.Namespace) -> int:
         device = choose_device(arguments.device)
         data = open_training_data(arguments.data, split=arguments.split)
     if is_main:
-        logger.info("%s", "\n".join(estimate(config).lines(config)))
+        logger.info("%s", "\n".join(_summary(config, recipe, arguments.folder) + estimate(config).lines(config)))
     if arguments.dry_run:
         return 0
     # Under torchrun the error goes into its last message too.
@@ -298,6 +302,34 @@ def _train(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _summary(config: TrainConfig, recipe: TrainConfig, folder: str | None) -> list[str]:
+    """What a person checks before hours of training; `config.json` has the rest."""
+    from bigbigan.schema import to_dict
+
+    networks = [config.model.generator, config.model.encoder]
+    sides = ", ".join(f"{name} {part.resolution}" for name, part in zip("GE", networks, strict=True) if part)
+    colour = {1: "grey", 3: "colour"}.get(config.model.image_channels, f"{config.model.image_channels} channels")
+    before, now = (dict(_leaves(to_dict(of))) for of in (recipe, config))
+    changes = ", ".join(f"{name}={json.dumps(value)}" for name, value in now.items() if before.get(name) != value)
+    return [
+        f"{config.name}: {sides} pixels, {colour}, {config.model.z_dim} latents, {config.precision}, "
+        f"seed {config.seed}",
+        f"changed from the recipe: {changes or 'nothing'}",
+        f"training: {config.total_images:,} images in batches of {config.batch_size}; a log line every "
+        f"{config.log_images:,}, a checkpoint every {config.checkpoint_images:,}, a snapshot every "
+        f"{config.snapshot_images:,}",
+        *([f"run folder: {folder}"] if folder else []),
+    ]
+
+
+def _leaves(data: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in data.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
 def find_snapshot(run: Path, which: str) -> Path:
     """The snapshot of a run folder that "best", "last" or a number of images means.
 
@@ -305,10 +337,11 @@ def find_snapshot(run: Path, which: str) -> Path:
         ValueError: there is none.
     """
     from bigbigan.modelfolder import read_config
+    from bigbigan.training.runfolder import find_snapshots
 
-    found = sorted((run / "snapshots").glob("images-*"))
+    found = find_snapshots(run)
     if not found:
-        raise ValueError(f"{run} has no snapshots yet; `train` writes one every snapshot_images, and at the end")
+        raise ValueError(f"{run} has no snapshots yet: resume it with --max-minutes 1, which ends with one")
     if which == "last":
         return found[-1]
     if which == "best":
@@ -336,8 +369,9 @@ def _export(arguments: argparse.Namespace) -> int:
     training = to_dict(read_run_config(run))
     del training["model"]  # the folder has it as its architecture
     snapshot = find_snapshot(run, arguments.snapshot)
-    if output.resolve().is_relative_to(run.resolve() / "snapshots"):
-        raise ValueError(f"{output} is among the run's own snapshots; name another folder")
+    own = [run.resolve() / name for name in ("checkpoints", "samples", "snapshots")]
+    if any(output.resolve().is_relative_to(place) for place in own):
+        raise ValueError(f"{output} is among the run's own files; name another folder")
     model = modelfolder.load_folder(snapshot)
     data = json.loads((run / "config.json").read_text(encoding="utf-8"))["data"]
     notes = dict(_key_value(note) for note in arguments.notes)

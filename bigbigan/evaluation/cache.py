@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import logging
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,10 +20,8 @@ from tqdm import tqdm
 from bigbigan.arrays import as_tensor
 from bigbigan.evaluation.representations import Representation
 from bigbigan.evaluation.rows import Rows, StoredRows
-from bigbigan.files import atomic_write, sync
+from bigbigan.files import OutputError, atomic_write, disk_errors, hold, sync
 from bigbigan.schema import to_dict
-
-logger = logging.getLogger(__name__)
 
 MAX_BYTES = 8 << 30  # of features in memory
 PIECE_ROWS = 1024  # what a kill may cost
@@ -200,7 +197,7 @@ class _Store:
             return
         rows = torch.cat(self._waiting).numpy().astype("<f4", copy=False)
         header = {"descr": "<f4", "fortran_order": False, "shape": (self.number, rows.shape[1])}
-        with open(self._partial, "r+b" if self._partial.exists() else "wb") as file:
+        with disk_errors(self._partial), open(self._partial, "r+b" if self._partial.exists() else "wb") as file:
             np.lib.format.write_array_header_1_0(file, header)
             file.seek(4 * self.done * rows.shape[1], os.SEEK_CUR)
             file.write(rows.data)
@@ -229,19 +226,7 @@ def _rows_in(path: Path) -> int:
         return (os.fstat(file.fileno()).st_size - file.tell()) // (4 * shape[1])
 
 
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Held by one process at a time; a kill frees it. Where the system or its file system has no locks, it warns."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "w") as file:
-        try:
-            import fcntl
-
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                logger.warning("waiting for another process that computes the features in %s", folder)
-                fcntl.flock(file, fcntl.LOCK_EX)
-        except (ImportError, OSError) as error:  # no fcntl on Windows
-            logger.warning("%s cannot be locked (%s): let no other process compute the same features", folder, error)
-        yield
+def _locked(folder: Path) -> AbstractContextManager[None]:
+    """Held by one process at a time: another one waits, and then finds the features there."""
+    busy = OutputError(f"waiting for another process that computes the features in {folder}")
+    return hold(folder / "lock", busy, wait=True)

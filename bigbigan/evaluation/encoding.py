@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -19,22 +20,29 @@ import torch
 import torch.distributed
 from numpy.typing import NDArray
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from bigbigan.config import PreprocessConfig
 from bigbigan.evaluation.feature_files import feature_writer
 from bigbigan.evaluation.features import OUTPUTS, BatchEncoder, digest
-from bigbigan.files import atomic_write, sync
+from bigbigan.evaluation.pieces import (
+    WORK_FILES,
+    Piece,
+    finished_pieces,
+    open_work_folder,
+    resumable,
+    save_piece,
+)
+from bigbigan.files import atomic_write, file_name, remove_own, sync
 from bigbigan.fuse import FusedPart
 from bigbigan.images import BadImageError, list_images, preprocess
 from bigbigan.model import BigBiGAN, indexed_noise
+from bigbigan.outputs import FAILURES, FEATURES, check_output, claim
 from bigbigan.schema import to_dict
 from bigbigan.workers import default_workers, run_jobs
 
 PIECE_ROWS = 256  # what a kill may cost
-PIECE_NAME = "{:06d}.safetensors"
 LARGE = 128  # side of images from which encoding one takes many times as long as reading it
 _CHUNK = 8  # images that a worker hands over at a time
 _DISTRIBUTION = ("z_mean", "z_stdev")
@@ -58,7 +66,7 @@ class EncodeReport:
 
 
 def find_images(inputs: Sequence[str | os.PathLike[str]]) -> dict[str, Path]:
-    """Image files by the names that they get in an output, sorted by name.
+    """Image files by the names that they get in an output (`bigbigan.files.file_name`), sorted by name.
 
     Names have slashes; in one folder they are relative to it, else they begin with the input as given. Folders are
     searched as by `list_images`; a file named itself may have any suffix.
@@ -72,17 +80,12 @@ def find_images(inputs: Sequence[str | os.PathLike[str]]) -> dict[str, Path]:
     for given in map(Path, inputs):
         if given.is_dir():
             root = given if len(inputs) == 1 else Path()
-            found |= {name_text(path.relative_to(root)): path for path in list_images(given)}
+            found |= {file_name(path.relative_to(root)): path for path in list_images(given)}
         elif given.exists():
-            found[name_text(given)] = given
+            found[file_name(given)] = given
         else:
             raise ValueError(f"{given}: no such file or folder")
     return dict(sorted(found.items()))
-
-
-def name_text(path: Path) -> str:
-    """With bytes that are no UTF-8 spelled out, since no output format could hold them."""
-    return os.fsencode(path.as_posix()).decode("utf-8", "backslashreplace")
 
 
 def encode_files(
@@ -118,67 +121,88 @@ def encode_files(
         options: of `bigbigan.images.preprocess`: crop, invert, background, max_pixels.
 
     Raises:
-        ValueError: another suffix, an output that encoders do not have, or `output` is one of `files`.
-        OSError: no room on the disk, or no permission; no half file is left under the final name.
+        ValueError: an output that encoders do not have.
+        OutputError: `output` must not be written (`bigbigan.outputs.claim`), or another process is writing it.
+        FileExistsError: `{output}.partial` is not of an earlier call.
+        OSError: the disk is full, or does not let itself be written; finished pieces stay, and no half file is left
+            under the final name.
         ImportError: parquet without pyarrow.
     """
-    output, names = Path(output), list(files)
-    work, failures = (output.with_name(output.name + end) for end in (".partial", ".failures.jsonl"))
-    write = feature_writer(output, names)
-    wanted = BatchEncoder(model, outputs, batch_size, seed).widths
-    # Which row an image will be, and so its noise, is known when all of those before it are read.
-    stored = dict.fromkeys(name for name in (*wanted, *_DISTRIBUTION) if name != "z_sample")
-    encode = BatchEncoder(model, [*stored] if "z_sample" in wanted else [*wanted], batch_size, seed)
-    manifest = {
-        "format": 2,
-        "encoder": digest(encode.network),
-        "files": _listing_digest(files, {output, failures}),
-        "outputs": list(wanted),
-        "batch size": batch_size,
-        "processes": world_size,
-        "preprocessing": to_dict(model.config.preprocess) | json.loads(json.dumps(options)),
-        "device": model.device.type,
-        "fused": isinstance(encode.network, FusedPart),
-    }
-    if rank == 0:
-        _open_work_folder(work, manifest)
-    _wait(world_size)
-    bounds = [i * len(names) // world_size for i in range(world_size + 1)]  # of the shards
-    own = work / f"{rank}"
-    own.mkdir(exist_ok=True)
-    pieces = _finished_pieces(own)
-    start = pieces[-1].stop if pieces else bounds[rank]
-    if pieces:
-        done, share = start - bounds[rank], bounds[rank + 1] - bounds[rank]
-        logger.info("going on from %s: %d of %d images are done", own, done, share)
-    _check_room(work, (2 * len(names) - sum(piece.rows for piece in pieces)) * 4 * sum(encode.widths.values()))
-    resumed = sum(_gather(sum(piece.rows for piece in pieces), world_size))
-    read = partial(_read, model.config.preprocess, model.config.image_channels, options)
-    todo = list(files.values())[start : bounds[rank + 1]]
-    images: Iterable[Read] = _read_ahead(read, todo, _workers(workers, len(todo), model), 2 * batch_size)
-    shown = progress and rank == 0
-    images = tqdm(images, total=bounds[rank + 1] - bounds[rank], initial=start - bounds[rank], unit="img",
-                  disable=None if shown else True)  # fmt: skip
-    for stop, failed, rows in _encode_pieces(encode, images, start):
-        pieces.append(_save_piece(own, len(pieces), stop, failed, rows))
+    output = Path(output)
+    if output.is_symlink():
+        output = Path(os.path.realpath(output))
+    with contextlib.ExitStack() as stack:
+        if rank == 0:
+            stack.enter_context(claim(output, FEATURES, files.values()))
+            check_output(_beside(output, "failures.jsonl"), FAILURES, files.values())
+        names, work = list(files), _beside(output, "partial")
+        write = feature_writer(output, names)
+        wanted = BatchEncoder(model, outputs, batch_size, seed).widths
+        # Which row an image will be, and so its noise, is known when all of those before it are read.
+        stored = dict.fromkeys(name for name in (*wanted, *_DISTRIBUTION) if name != "z_sample")
+        encode = BatchEncoder(model, [*stored] if "z_sample" in wanted else [*wanted], batch_size, seed)
+        manifest = {
+            "format": 2,
+            "encoder": digest(encode.network),
+            "files": _listing_digest(files),
+            "outputs": list(wanted),
+            "batch size": batch_size,
+            "processes": world_size,
+            "preprocessing": to_dict(model.config.preprocess) | json.loads(json.dumps(options)),
+            "device": model.device.type,
+            "fused": isinstance(encode.network, FusedPart),
+        }
+        if rank == 0:
+            open_work_folder(work, manifest)
+        _wait(world_size)
+        bounds = [i * len(names) // world_size for i in range(world_size + 1)]  # of the shards
+        own = work / f"{rank}"
+        own.mkdir(exist_ok=True)
+        pieces = finished_pieces(own)
+        start = pieces[-1].stop if pieces else bounds[rank]
+        if pieces:
+            progressed = start - bounds[rank], bounds[rank + 1] - bounds[rank]
+            logger.info("going on from %s: %d of %d images are done", own, *progressed)
+        _check_room(work, (2 * len(names) - sum(piece.rows for piece in pieces)) * 4 * sum(encode.widths.values()))
+        resumed = sum(_gather(sum(piece.rows for piece in pieces), world_size))
+        read = partial(_read, model.config.preprocess, model.config.image_channels, options)
+        todo = list(files.values())[start : bounds[rank + 1]]
+        images: Iterable[Read] = _read_ahead(read, todo, _workers(workers, len(todo), model), 2 * batch_size)
+        shown = progress and rank == 0
+        images = tqdm(images, total=bounds[rank + 1] - bounds[rank], initial=start - bounds[rank], unit="img",
+                      disable=None if shown else True)  # fmt: skip
+        with resumable(work):
+            for stop, failed, rows in _encode_pieces(encode, images, start):
+                pieces.append(save_piece(own, len(pieces), stop, failed, rows))
 
-    _wait(world_size)
-    pieces = [piece for i in range(world_size) for piece in _finished_pieces(work / f"{i}")]
-    reasons = dict(entry for piece in pieces for entry in piece.failed)
-    good = [name for index, name in enumerate(names) if index not in reasons]
-    report = EncodeReport(len(good), [(names[index], reason) for index, reason in sorted(reasons.items())], resumed)
-    _wait(world_size)  # all have read the pieces
-    if rank == 0:
-        _write_failures(failures, report.failed)
-        if good:
-            whole = work / "whole"  # not beside the output, where a kill would leave it
-            write(whole, good, wanted, partial(_rows, pieces, model.dtype, seed))
-            sync(whole)
-            os.replace(whole, output)
-            sync(output.parent)
-        shutil.rmtree(work)
-    _wait(world_size)
-    return report
+        _wait(world_size)
+        pieces = []
+        for i in range(world_size):
+            share = finished_pieces(work / f"{i}")
+            if (share[-1].stop if share else bounds[i]) != bounds[i + 1]:
+                raise OSError(f"a piece in {work} was damaged after it was written: run the same command again")
+            pieces += share
+        reasons = dict(entry for piece in pieces for entry in piece.failed)
+        good = [name for index, name in enumerate(names) if index not in reasons]
+        report = EncodeReport(len(good), [(names[index], reason) for index, reason in sorted(reasons.items())], resumed)
+        _wait(world_size)  # all have read the pieces
+        if rank == 0:
+            with resumable(work):
+                _write_failures(_beside(output, "failures.jsonl"), report.failed)
+                if good:
+                    whole = work / "whole"  # not beside the output, where a kill would leave it
+                    write(whole, good, wanted, partial(_rows, pieces, model.dtype, seed))
+                    sync(whole)
+                    check_output(output, FEATURES)  # once more: hours may have passed
+                    os.replace(whole, output)
+                    sync(output.parent)
+            remove_own(work, WORK_FILES)
+        _wait(world_size)
+        return report
+
+
+def _beside(output: Path, end: str) -> Path:
+    return output.with_name(f"{output.name}.{end}")
 
 
 def _wait(world_size: int) -> None:
@@ -194,7 +218,7 @@ def _gather(value: int, world_size: int) -> list[int]:
     return found
 
 
-def _rows(pieces: Sequence[_Piece], dtype: torch.dtype, seed: int, name: str) -> Iterator[NDArray[np.float32]]:
+def _rows(pieces: Sequence[Piece], dtype: torch.dtype, seed: int, name: str) -> Iterator[NDArray[np.float32]]:
     """An output, piece by piece; z_sample from mean and deviation and each row's own noise, as the encoder does it."""
     row = 0
     for piece in pieces:
@@ -273,59 +297,18 @@ def _encode_pieces(
         yield stop, failed, rows()
 
 
-@dataclass(frozen=True)
-class _Piece:
-    path: Path
-    rows: int
-    stop: int  # files up to this one are done
-    failed: list[tuple[int, str]]  # index of the file, reason
-
-
-def _save_piece(work: Path, number: int, stop: int, failed: list[tuple[int, str]], rows: dict[str, Tensor]) -> _Piece:
-    path = work / PIECE_NAME.format(number)
-    with atomic_write(path) as temporary:
-        save_file(rows, temporary, {"stop": str(stop), "failed": json.dumps(failed)})
-    return _Piece(path, len(next(iter(rows.values()))), stop, failed)
-
-
-def _finished_pieces(work: Path) -> list[_Piece]:
-    pieces: list[_Piece] = []
-    while (path := work / PIECE_NAME.format(len(pieces))).exists():
-        with safe_open(path, framework="np") as file:
-            metadata, name = file.metadata(), next(iter(file.keys()))
-            failed = [(index, reason) for index, reason in json.loads(metadata["failed"])]
-            pieces.append(_Piece(path, file.get_slice(name).get_shape()[0], int(metadata["stop"]), failed))
-    return pieces
-
-
-def _open_work_folder(work: Path, manifest: dict[str, Any]) -> None:
-    """Leaves `work` with this manifest, and with pieces only if they belong to it."""
-    path = work / "manifest.json"
-    if path.exists():
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if found == manifest:
-            return
-        changed = sorted(key for key in found.keys() | manifest if found.get(key) != manifest.get(key))
-        logger.warning("%s is of another call (%s changed): starting afresh", work, ", ".join(changed))
-        shutil.rmtree(work)
-    elif work.exists() and not all(entry.name.startswith(".") for entry in work.iterdir()):
-        raise FileExistsError(f"{work} is needed for unfinished work, and holds other files: move it away")
-    with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(manifest), encoding="utf-8")
-
-
 def _write_failures(path: Path, failed: list[tuple[str, str]]) -> None:
     if not failed:
-        path.unlink(missing_ok=True)  # of an earlier call
+        if path.exists() and FAILURES.is_one(path):  # of an earlier call
+            path.unlink()
         return
     lines = (json.dumps({"path": name, "reason": reason}) + "\n" for name, reason in failed)
     with atomic_write(path) as temporary:
         temporary.write_text("".join(lines), encoding="utf-8")
 
 
-def _listing_digest(files: Mapping[str, Path], written: set[Path]) -> str:
-    """sha256 over names, sizes and times. Refuses files that would be overwritten."""
-    taken = {(status.st_dev, status.st_ino) for path in written if path.exists() and (status := path.stat())}
+def _listing_digest(files: Mapping[str, Path]) -> str:
+    """sha256 over names, sizes and times."""
     sha256 = hashlib.sha256()
     for name, path in files.items():
         try:
@@ -333,8 +316,6 @@ def _listing_digest(files: Mapping[str, Path], written: set[Path]) -> str:
         except OSError:  # reading it will tell why
             sha256.update(json.dumps([name]).encode())
             continue
-        if (status.st_dev, status.st_ino) in taken:
-            raise ValueError(f"{path} is an input and would be overwritten; choose another output")
         sha256.update(json.dumps([name, status.st_size, status.st_mtime_ns]).encode())
     return sha256.hexdigest()
 

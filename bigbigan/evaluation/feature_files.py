@@ -30,12 +30,10 @@ def feature_writer(output: Path, names: list[str]) -> Writer:
     """What writes `output`, by its suffix. Refuses before any work what would fail at its end.
 
     Raises:
-        ValueError: another suffix, a folder, or more names than a .safetensors header may hold.
+        ValueError: another suffix, or more names than a .safetensors header may hold.
         ImportError: parquet without pyarrow.
     """
     suffix = output.suffix.lower()
-    if output.is_dir():
-        raise ValueError(f"{output} is a folder; name a file with the suffix {', '.join(SUFFIXES)}")
     if suffix == ".npz":
         return _write_npz
     if suffix == ".safetensors":

@@ -23,6 +23,7 @@ from tqdm import tqdm
 from bigbigan.arrays import as_seed, as_tensor, seeded
 from bigbigan.evaluation.feature_networks import INCEPTION, MISMATCH, FeatureNetwork
 from bigbigan.files import atomic_write
+from bigbigan.outputs import STATISTICS, claim
 
 logger = logging.getLogger(__name__)
 
@@ -51,12 +52,12 @@ class FeatureStatistics:
         """Writes `.npz` or `.safetensors`.
 
         Raises:
-            ValueError: another suffix.
+            ValueError: another suffix, or what is there is something else.
         """
         check_statistics_path(path)
         texts = {"network": self.network, "network_digest": self.network_digest, "images": json.dumps(self.images)}
         arrays = {"mean": self.mean.numpy(), "covariance": self.covariance.numpy(), "count": np.array(self.count)}
-        with atomic_write(path) as temporary, open(temporary, "wb") as file:
+        with claim(path, STATISTICS), atomic_write(path) as temporary, open(temporary, "wb") as file:
             if path.suffix == ".npz":
                 np.savez(file, allow_pickle=False, **arrays, **{name: np.array(text) for name, text in texts.items()})
             else:

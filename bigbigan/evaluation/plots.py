@@ -9,6 +9,7 @@ from typing import Any
 
 from bigbigan.evaluation.report import PERCENT, SWEPT, Group
 from bigbigan.files import atomic_write
+from bigbigan.outputs import PLOT_MARK
 
 DPI = 120
 SCORES = "Discriminator scores"
@@ -75,7 +76,7 @@ def _figure(width: float, height: float) -> Any:
 
 def _save(figure: Any, path: Path) -> None:
     with atomic_write(path) as temporary:
-        figure.savefig(temporary, format="png", metadata={"Software": None})  # equal figures give equal bytes
+        figure.savefig(temporary, format="png", metadata={"Software": PLOT_MARK})  # equal figures give equal bytes
 
 
 def _draw_bars(path: Path, title: str, labels: Sequence[str], values: Sequence[float]) -> None:

@@ -14,7 +14,8 @@ from tqdm import tqdm
 from bigbigan.arrays import as_seed, as_tensor, seeded
 from bigbigan.images import check_range
 
-TOTALS = ("accuracy", "agreement", "l1", "mse", "pair_l1", "l2", "pair_l2", "distance", "pair_distance")
+TOTALS = ("accuracy", "agreement", "l1", "mean_image", "mean_color", "mse", "pair_l1", "l2", "pair_l2", "distance",
+          "pair_distance")  # fmt: skip
 
 
 class Classifier(nn.Sequential):
@@ -50,6 +51,9 @@ class ReconstructionResult:
     classifier_accuracy: float  # on the originals: what label_agreement of perfect reconstructions would be
     per_class: tuple[float | None, ...]  # label_agreement by true label; None where no image has it
     pixel_l1: float
+    mean_image_l1: float  # pixel_l1 of trivial answers: the mean of all originals for each of them, ...
+    mean_color_l1: float  # ... each original's own mean colour, ...
+    random_pair_l1: float  # ... another original
     pixel_mse: float
     pixel_error_ratio: float  # pixel_l1 over that of random pairs
     pixel_l2_ratio: float  # mean Euclidean distance to the reconstruction, over that to another image's (BiGAN's EGr)
@@ -174,6 +178,7 @@ def reconstruction_report(
     totals = dict.fromkeys(TOTALS, 0.0)
     kept = torch.zeros(classifier.num_classes, dtype=torch.long)
     order = torch.randperm(len(images), generator=seeded(seed))
+    mean = mean_image(images).to(device)[None]  # [1, C, S, S]
     for index in tqdm(order.split(batch_size), desc="reconstruction", disable=None if progress else True):
         x, y = _to_float(images[index].to(device)), labels[index].to(device)
         again = _to_float(reconstruct[index].to(device)) if isinstance(reconstruct, Tensor) else reconstruct(x).float()
@@ -183,6 +188,8 @@ def reconstruction_report(
         totals["accuracy"] += int((label == y).sum())
         totals["agreement"] += int((new_label == label).sum())
         totals["l1"] += _sum_of_means((again - x).abs())
+        totals["mean_image"] += _sum_of_means((F.adaptive_avg_pool2d(mean, x.shape[-1]) - x).abs())
+        totals["mean_color"] += _sum_of_means((x.mean((2, 3), keepdim=True) - x).abs())
         totals["mse"] += _sum_of_means((again - x).square())
         totals["pair_l1"] += _sum_of_means((x.roll(1, 0) - x).abs())
         totals["l2"] += _sum_of_norms(again - x)
@@ -200,6 +207,9 @@ def reconstruction_report(
         classifier_accuracy=totals["accuracy"] / n,
         per_class=tuple(k / c if c else None for k, c in zip(kept.tolist(), counts.tolist(), strict=True)),
         pixel_l1=totals["l1"] / n,
+        mean_image_l1=totals["mean_image"] / n,
+        mean_color_l1=totals["mean_color"] / n,
+        random_pair_l1=totals["pair_l1"] / pairs,
         pixel_mse=totals["mse"] / n,
         pixel_error_ratio=_ratio(totals["l1"] / n, totals["pair_l1"] / pairs),
         pixel_l2_ratio=_ratio(totals["l2"] / n, totals["pair_l2"] / pairs),
@@ -208,6 +218,13 @@ def reconstruction_report(
         ),
         num_images=n,
     )
+
+
+def mean_image(images: Tensor, batch_size: int = 500) -> Tensor:
+    """[C, S, S] float32, the mean of images [N, C, S, S], uint8 or float in [-1, 1]."""
+    total = sum(_to_float(batch).double().sum(0) for batch in images.split(batch_size))
+    assert isinstance(total, Tensor)
+    return (total / len(images)).float()
 
 
 def _pool_like(again: Tensor, x: Tensor) -> Tensor:

@@ -12,6 +12,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bigbigan.files import file_name
+
 if TYPE_CHECKING:
     from bigbigan.model import BigBiGAN
 
@@ -77,13 +79,15 @@ def images_seen(model: BigBiGAN) -> int | None:
 
 
 def record_text(record: Mapping[str, Any]) -> str:
-    """As JSON; NaN and infinity, which JSON has not, become null."""
+    """As JSON; NaN and infinity, which JSON has not, become null, and bytes of file names that are no text `\\xNN`."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, Mapping):
             return {str(key): plain(item) for key, item in value.items()}
         if isinstance(value, list | tuple):
             return [plain(item) for item in value]
+        if isinstance(value, str) and not value.isascii() and any("\ud800" <= c <= "\udfff" for c in value):
+            return file_name(value)
         return None if isinstance(value, float) and not math.isfinite(value) else value
 
     return json.dumps(plain(record), indent=2, allow_nan=False, ensure_ascii=False) + "\n"

@@ -22,12 +22,15 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from bigbigan.files import sync
+from bigbigan.files import foreign, remove_own, sync
 
 FORMAT = 2
 MANIFEST = "manifest.json"
 SUFFIX = ".safetensors"
 PARTIAL = ".partial-"  # prefix of folders being written or removed
+CHECKPOINT_NAME = "step-[0-9]{8,}"
+_LEFTOVER = rf"\.partial-(old-)?{CHECKPOINT_NAME}"
+_FILES = r"manifest\.json|\w+\.safetensors"
 
 Groups = dict[str, dict[str, Tensor]]
 
@@ -85,8 +88,8 @@ def save_checkpoint(
     try:
         _write(partial, step, tensors, state)
         _load(partial)
-        if final.exists():
-            _remove(final)
+        if final.exists() and not _remove(final):
+            os.replace(final, final.with_name(f"damaged-{final.name}"))
         os.replace(partial, final)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)  # the next save tries again; the error at hand matters more
@@ -128,8 +131,17 @@ def load_checkpoint(folder: str | Path, step: int | None = None) -> Checkpoint |
 
 def remove_leftovers(folder: Path) -> None:
     """Removes what a process left that was killed while it saved."""
-    for leftover in folder.glob(f"{PARTIAL}*"):
-        shutil.rmtree(leftover)
+    for leftover in list(folder.glob(f"{PARTIAL}*")):
+        if re.fullmatch(_LEFTOVER, leftover.name) and leftover.is_dir() and not leftover.is_symlink():
+            remove_own(leftover, _FILES)
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a folder is a checkpoint by its name and manifest, however damaged its tensors are."""
+    try:
+        return re.fullmatch(CHECKPOINT_NAME, path.name) is not None and bool(_read_manifest(path))
+    except (CheckpointError, NotADirectoryError):
+        return False
 
 
 def _name(step: int) -> str:
@@ -138,14 +150,19 @@ def _name(step: int) -> str:
 
 def _steps(folder: Path) -> list[int]:
     names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
-    numbers = [int(name[5:]) for name in names if re.fullmatch(r"step-[0-9]{8,}", name)]
+    numbers = [int(name[5:]) for name in names if re.fullmatch(CHECKPOINT_NAME, name)]
     return [number for number in numbers if _name(number) in names]
 
 
-def _remove(checkpoint: Path) -> None:
+def _remove(checkpoint: Path) -> bool:
+    """Whether it was removed: not if it holds anything foreign."""
+    if checkpoint.is_symlink() or foreign(checkpoint, _FILES):
+        logger.warning("%s is not removed: it holds more than a checkpoint", checkpoint)
+        return False
     partial = checkpoint.with_name(f"{PARTIAL}old-{checkpoint.name}")
     os.replace(checkpoint, partial)  # a kill halfway leaves nothing that looks like a checkpoint
     shutil.rmtree(partial)
+    return True
 
 
 def _write(folder: Path, step: int, tensors: Groups, state: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ from bigbigan.config import BigBiGANConfig
 from bigbigan.layers import Initializer
 from bigbigan.schema import ConfigError, check_choices
 from bigbigan.training.data import AugmentationConfig
+from bigbigan.training.diffaugment import Transformation
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,9 @@ class TrainConfig:
     adam_eps: float = 1e-8
     initializer: Initializer = "orthogonal"  # BigGAN's; or normal, BiGAN's (bigbigan.layers.initialize)
     ema_halflife_images: float = 50_000.0  # of the averages of G and E that are exported; 0: none
+    ema_rampup: float = 0.05  # early on the half-life is at most this share of the images seen so far; 0: no such limit
+    ema_start_images: int = 0  # until then the averages are the weights themselves
+    diff_augment: tuple[Transformation, ...] = ()  # of all images that D sees, real and generated, for small data sets
     augmentation: AugmentationConfig = dataclasses.field(default_factory=AugmentationConfig)
     # How it is computed.
     precision: Literal["fp32", "bf16", "fp64"] = "fp32"  # bf16: autocast, for devices with bf16 units
@@ -68,7 +72,9 @@ class TrainConfig:
             self._require(field, getattr(self, field) >= 0, "must not be negative")
         for field in ("lr_g", "lr_d", "encoder_lr_multiplier", "adam_eps", "lr_decay", "probe_l2"):
             self._require(field, 0 < getattr(self, field) < float("inf"), "must be positive and finite")
-        for field in ("ema_halflife_images", "weight_decay", "rotation_weight_d", "rotation_weight_g"):
+        for field in ("ema_halflife_images", "ema_rampup", "ema_start_images", "weight_decay"):
+            self._require(field, 0 <= getattr(self, field) < float("inf"), "must be finite, and not negative")
+        for field in ("rotation_weight_d", "rotation_weight_g"):
             self._require(field, 0 <= getattr(self, field) < float("inf"), "must be finite, and not negative")
         for field in ("adam_beta1", "adam_beta2"):
             self._require(field, 0 <= getattr(self, field) < 1, "is outside 0 to 1")

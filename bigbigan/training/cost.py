@@ -28,9 +28,9 @@ class Cost:
         steps = -(-config.total_images // config.batch_size)
         return [
             "parameters: " + ", ".join(f"{part} {number:,}" for part, number in self.parameters.items()),
-            f"arithmetic: {self.flops / 1e9:,.1f} GFLOP a step, {self.flops * steps:.2g} FLOP in {steps:,} steps",
-            f"memory: {_size(self.state_bytes)} of weights, gradients, moments and averages in each process, and "
-            f"{_size(self.activation_bytes)} of activations over all processes (float32"
+            f"arithmetic: {self.flops / 1e9:,.1f} GFLOP per step, {self.flops * steps:.2g} FLOP in {steps:,} steps",
+            f"memory: {_size(self.state_bytes)} for weights, gradients, moments and averages in each process, and "
+            f"{_size(self.activation_bytes)} for activations over all processes (float32"
             + (", before reversible saves some)" if config.reversible else ")"),
         ]
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,6 +22,7 @@ from bigbigan.layers import synchronize_batch_norm
 from bigbigan.training.step import TrainingState
 
 ECHO_SECONDS = 2.0  # torchrun looks after its processes every 0.1 seconds
+BEAT_SECONDS = 2.0  # between two signs of life of a main process that the others wait for
 
 
 class PeerError(RuntimeError):
@@ -33,6 +36,7 @@ class Processes:
     rank: int = 0
     world_size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    waiting: dist.ProcessGroup | None = None  # on the host, for signs of life alone
 
     @property
     def is_main(self) -> bool:
@@ -46,21 +50,55 @@ class Processes:
         dist.all_reduce(value, dist.ReduceOp.MAX)
         return bool(value.item())
 
-    def on_main(self, work: Callable[[], None]) -> None:
+    def on_main(self, work: Callable[[], None], *, long: bool = False) -> None:
         """Runs `work` in the main process while the others wait; its error ends them all.
+
+        The others give up after the run's timeout; with `long` only if the main process stops showing signs of life.
 
         Raises:
             PeerError: in the other processes, if `work` failed.
         """
         if self.is_main:
             try:
-                work()
+                with self._signs_of_life() if long else contextlib.nullcontext():
+                    work()
             except Exception as error:
                 with contextlib.suppress(RuntimeError):  # the others gave up waiting; the error at hand matters more
                     self.gather(f"{type(error).__name__}: {error}")
                 raise
+        elif long:
+            while self._is_busy(False):
+                pass
         if failure := self.gather(None)[0]:
             raise PeerError(f"the main process failed with {failure}")
+
+    def _is_busy(self, busy: bool) -> bool:
+        """Whether the main process is still at work; what the others pass does not matter."""
+        value = torch.tensor([float(busy)])
+        dist.all_reduce(value, dist.ReduceOp.MAX, group=self.waiting)
+        return bool(value.item())
+
+    @contextmanager
+    def _signs_of_life(self) -> Iterator[None]:
+        """A thread of the main process that tells the others every BEAT_SECONDS to wait on, and at the end not to."""
+        done = threading.Event()
+
+        def beat() -> None:
+            # Another process is gone: the main one learns of it by its next collective.
+            with contextlib.suppress(RuntimeError):
+                while not done.wait(BEAT_SECONDS):
+                    self._is_busy(True)
+                self._is_busy(False)
+
+        thread = threading.Thread(target=beat, daemon=True)
+        if self.world_size > 1:
+            thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            if self.world_size > 1:
+                thread.join()
 
     def gather(self, value: Any) -> list[Any]:
         """JSON-able values of all processes, in order of rank."""
@@ -132,12 +170,19 @@ def join_processes(device: str = "cpu", timeout_minutes: float = 30.0) -> Iterat
     if own.type == "cuda":
         own = torch.device("cuda", int(os.environ.get("LOCAL_RANK", torch.cuda.current_device())))
         torch.cuda.set_device(own)
+    timeout = timedelta(minutes=timeout_minutes)
     if not begun:
-        dist.init_process_group("nccl" if own.type == "cuda" else "gloo", timeout=timedelta(minutes=timeout_minutes))
+        dist.init_process_group("nccl" if own.type == "cuda" else "gloo", timeout=timeout)
+    waiting = dist.new_group(backend="gloo", timeout=timeout)
     try:
-        yield Processes(rank, world_size, own)
-    except RuntimeError:  # of a collective, as a rule
+        yield Processes(rank, world_size, own, waiting)
+    except RuntimeError as error:  # of a collective, as a rule
         time.sleep(ECHO_SECONDS)
+        if re.search("(?i)timed out|timeout", str(error)) and not isinstance(error, PeerError):
+            raise PeerError(
+                f"another process did not answer within {timeout_minutes:g} minutes; where it only was slow, "
+                f"allow more (--timeout-minutes, in Python timeout_minutes=). {error}"
+            ) from error
         raise
     finally:
         if not begun:

@@ -14,14 +14,22 @@ from torch import nn
 
 
 class EMA:
-    """A copy of `module` whose parameters follow it with a half-life in images; its buffers are copied."""
+    """A copy of `module` whose parameters follow it with a half-life in images; its buffers are copied.
 
-    def __init__(self, module: nn.Module, halflife_images: float, rampup: float = 0.05):
+    Args:
+        halflife_images: images after which the average has forgotten half.
+        rampup: the half-life is at most this share of the images seen so far; 0: no such limit.
+        start_images: until then the average is a copy of the weights (google/compare_gan's rule).
+    """
+
+    def __init__(self, module: nn.Module, halflife_images: float, *, rampup: float = 0.0, start_images: int = 0):
         self.module = copy.deepcopy(module).requires_grad_(False)
-        self.halflife_images, self.rampup = halflife_images, rampup
+        self.halflife_images, self.rampup, self.start_images = halflife_images, rampup, start_images
 
     def decay(self, num_images: int, batch_size: int) -> float:
-        """Weight of the old average at `num_images` seen. Early on the half-life is at most `rampup` of the run."""
+        """Weight of the old average in the step that ends at `num_images`."""
+        if num_images <= self.start_images:
+            return 0.0
         halflife = min(self.halflife_images, self.rampup * num_images) if self.rampup else self.halflife_images
         return 0.5 ** (batch_size / max(halflife, 1e-8))
 

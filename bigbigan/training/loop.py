@@ -30,6 +30,7 @@ from bigbigan.training.checkpoint import (
     save_checkpoint,
 )
 from bigbigan.training.config import TrainConfig
+from bigbigan.training.diffaugment import NUM_DIFF_DRAWS
 from bigbigan.training.distributed import Processes, join_processes
 from bigbigan.training.export import inference_model
 from bigbigan.training.finetuning import load_model
@@ -37,8 +38,8 @@ from bigbigan.training.latents import draw_latents
 from bigbigan.training.monitor import Monitor
 from bigbigan.training.runfolder import (
     check_same_run,
+    claim_run,
     describe,
-    hold,
     keep_snapshot,
     prepare,
     snapshot_name,
@@ -53,14 +54,18 @@ logger = logging.getLogger(__name__)
 
 VERSIONS = {"bigbigan": __version__, "torch": str(torch.__version__)}
 REPEAT_SECONDS = 1.0  # `timeout`, torchrun and schedulers send a signal to the process and to its group
+LINE_SECONDS = 60.0  # at most between two lines of progress where no bar is shown
 
 
 class TrainingStopped(Exception):
     """A signal asked the run to stop; its checkpoint is written. `exit_code` is 128 + the signal's number."""
 
-    def __init__(self, signum: int):
-        super().__init__(f"stopped by {signal.Signals(signum).name}; the same command goes on")
+    def __init__(self, signum: int, place: str):
+        super().__init__(f"stopped by {signal.Signals(signum).name} after {place}. {RESUME}")
         self.exit_code = 128 + signum
+
+
+RESUME = "Checkpoint saved: run the same command again to resume"
 
 
 def train(
@@ -77,23 +82,25 @@ def train(
     init: BigBiGAN | None = None,
     tensorboard: bool = False,
 ) -> Path:
-    """Trains until `config.total_images`, or for `max_minutes`, in the folder `run`; goes on from its checkpoint.
+    """Trains until `config.total_images`, or for `max_minutes`, in the folder `run`; resumes from its checkpoint.
 
-    Under torchrun all its processes train together, to the same result as one. On SIGTERM or SIGINT the step is
-    finished and checkpointed. Returns the run folder.
+    Under torchrun all its processes train together, to the same result as one. After `max_minutes` a checkpoint and a
+    snapshot are written; on SIGTERM or SIGINT the step is finished and checkpointed. Returns the run folder.
+
+    A run may be resumed with other values of `runfolder.CHANGEABLE`, which decide no weights: more `total_images`, say.
 
     Args:
         keep: newest checkpoints that stay; that of the best snapshot stays beside them.
         keep_snapshots: all of them, not the newest and the best alone.
         workers: processes that decode images, for each training process; None: by the number of cores.
-        timeout_minutes: without an answer from another process, after which a process gives up; in a process group
-            that the caller has begun, its own timeout counts instead.
+        timeout_minutes: without an answer from another process, after which a process gives up (snapshots may take
+            longer); in a process group that the caller has begun, its own timeout counts instead.
         init: a model that the run starts from; at step 0 its networks compute exactly what this one does.
         tensorboard: also write `tensorboard/` in the run folder.
 
     Raises:
-        ConfigError: the folder holds a run with another configuration or other data, `init` has other networks, or
-            another process trains there.
+        ConfigError: the folder holds a run with another configuration or other data, or is neither new, nor empty, nor
+            a run; `init` has other networks; or another process trains there.
         ValueError: an argument is out of range; the batch does not split over the processes; too many images are
             unreadable.
         FloatingPointError: a loss or a weight is not finite; the last checkpoint stands.
@@ -106,7 +113,7 @@ def train(
     deadline = time.monotonic() + 60 * max_minutes
     with join_processes(device, timeout_minutes) as processes, contextlib.ExitStack() as stack:
         check_split(config, processes)
-        processes.on_main(lambda: stack.enter_context(hold(Path(run))))
+        processes.on_main(lambda: stack.enter_context(claim_run(Path(run))))
         state = _Run(config, data, Path(run), processes, keep, keep_snapshots, workers, init)
         stack.callback(state.batches.close)
         if tensorboard and processes.is_main:
@@ -121,22 +128,32 @@ def train(
         signals = stack.enter_context(_Signals())
         if state.lacks_snapshot:
             state.snapshot(signals)
+        last_line = time.monotonic()
         while state.step < state.total:
             metrics = train_step(state.training, state.make_batch, state.num_images + config.batch_size)
             state.step += 1
             bar.update(config.batch_size)
             if state.crosses(config.log_images):
                 state.log(metrics, bar.disable)
+                last_line = time.monotonic()
+            elif bar.disable and processes.is_main and time.monotonic() - last_line > LINE_SECONDS:
+                last_line = time.monotonic()
+                logger.info("%s", state.progress())
             stopping = processes.any(bool(signals.received) or time.monotonic() > deadline)
             # First the checkpoint, so that a signal need not wait for the snapshot.
             if stopping or state.crosses(config.checkpoint_images) or state.crosses(config.snapshot_images):
                 state.checkpoint()
             if stopping:
-                signals.end_if_received(processes)
-            if state.crosses(config.snapshot_images):
+                signals.end_if_received(processes, state.place)
+            if stopping or state.crosses(config.snapshot_images):
                 state.snapshot(signals)
             if stopping:
                 break
+        if processes.is_main:
+            ended = "finished" if state.step == state.total else "stopped by the limit of minutes"
+            best = f"; best snapshot: {state.best['snapshot']}" if state.best else ""
+            again = f". {RESUME}" if state.step < state.total else ""
+            logger.info("%s after %s%s%s", ended, state.place, best, again)
     return Path(run)
 
 
@@ -156,6 +173,8 @@ class _Run:
     ):
         self.config, self.folder, self.processes, self.keep = config, folder, processes, keep
         self.keep_snapshots = keep_snapshots
+        if isinstance(data, ImageDataset) and len(data) < 2:
+            raise ConfigError(f"the data is {len(data)} image; training needs two or more")
         self.description = describe(config, data, init)
         self.tensorboard: TensorBoard | None = None
         if len(digests := set(processes.gather(data.digest))) > 1:
@@ -189,6 +208,17 @@ class _Run:
     def num_images(self) -> int:
         return self.step * self.config.batch_size
 
+    @property
+    def place(self) -> str:
+        return f"step {self.step:,} of {self.total:,} ({self.num_images:,} images) in {self.folder}"
+
+    def progress(self) -> str:
+        """A line for logs, without a look at any loss: those lie on the device."""
+        seconds = time.monotonic() - self.tick
+        rate = (self.step - self.tick_step) * self.config.batch_size / seconds
+        left = (self.total - self.step) * self.config.batch_size / rate / 60
+        return f"step {self.step:,} of {self.total:,}, {rate:.1f} images/s, {left:.0f} minutes left"
+
     def crosses(self, interval: int) -> bool:
         """Whether a multiple of `interval` images lies within the last step, or the run is over."""
         before = self.num_images - self.config.batch_size
@@ -203,7 +233,12 @@ class _Run:
         noise = draw_latents(config.seed, self.step, 2 * i + 1, shape)
         own = self.processes.share(size)
         z, noise = (draw[own].to(training.device, training.dtype) for draw in (z, noise))
-        return Batch(x.to(training.dtype).contiguous(memory_format=torch.channels_last), z, noise)
+        draws = None
+        if config.diff_augment:
+            index, columns = 2 * config.batches_per_step + i, 2 * NUM_DIFF_DRAWS  # behind the latents' own
+            draws = draw_latents(config.seed, self.step, index, (size, columns), "uniform")[own].unflatten(1, (2, -1))
+            draws = draws.to(training.device, training.dtype)
+        return Batch(x.to(training.dtype).contiguous(memory_format=torch.channels_last), z, noise, draws)
 
     def log(self, metrics: dict[str, torch.Tensor], lines: bool) -> None:
         """One record in metrics.jsonl, of this process's share; as a line too where no bar is shown."""
@@ -227,10 +262,10 @@ class _Run:
             try:
                 self._snapshot(signals)
             except _Interrupted:
-                logger.warning("the snapshot at %d images is put off until the run goes on", self.num_images)
+                logger.warning("the snapshot at %d images was interrupted: it is redone on resume", self.num_images)
 
-        self.processes.on_main(work)
-        signals.end_if_received(self.processes)
+        self.processes.on_main(work, long=True)
+        signals.end_if_received(self.processes, self.place)
 
     def _snapshot(self, signals: _Signals) -> None:
         assert self.monitor is not None
@@ -239,7 +274,7 @@ class _Run:
         info = ModelInfo(self.config.name, source="trained with the bigbigan package", provenance=facts)
         # Large encoders would take hours on the CPU, while the others wait. (mps has no float64, as probes need.)
         device, samples = self.training.device, self.folder / "samples"
-        with signals.interrupting():
+        with signals.interrupting(), _threads_of(self.processes):
             model = inference_model(self.training, self.images, info)
             scores = self.monitor(model.to(device if device.type == "cuda" else "cpu"), self.num_images, samples)
         model.cpu()
@@ -281,7 +316,8 @@ class _Run:
                 logger.warning("%s holds no checkpoint: starting from the beginning", self.folder)
                 self.metrics.unlink()
             return False
-        check_same_run(checkpoint.path, checkpoint.state["run"], self.description)
+        num_images = checkpoint.step * self.config.batch_size
+        check_same_run(checkpoint.path, checkpoint.state["run"], self.description, num_images=num_images)
         for name, network in self._networks().items():
             network.load_state_dict(checkpoint.tensors[name], strict=True)
         for name, optimizer in self._optimizers().items():
@@ -290,23 +326,25 @@ class _Run:
         if any(places):
             if len(places) != self.processes.world_size:
                 raise ConfigError(
-                    f"{checkpoint.path} is of {len(places)} processes, and the order of a stream depends on their "
-                    f"number: go on with as many, not {self.processes.world_size}"
+                    f"{checkpoint.path} was written by {len(places)} processes, and the order of a stream depends on "
+                    f"their number: resume with as many, not {self.processes.world_size}"
                 )
             self.batches.load_state(places[self.processes.rank])
         if self.processes.is_main:
-            logger.info("going on from %s", checkpoint.path)
+            logger.info("resuming from %s", checkpoint.path)
             if (before := checkpoint.state.get("versions", {})) != VERSIONS:
                 older = ", ".join(map(" ".join, before.items())) or "an earlier version"
                 logger.warning(
-                    "%s was written by %s: with %s, the run may go on a little differently",
+                    "%s was written by %s: with %s, the rest of the run may differ a little",
                     *(checkpoint.path, older, ", ".join(map(" ".join, VERSIONS.items()))),
                 )
         self.step, self.seconds, self.best = checkpoint.step, checkpoint.state["seconds"], checkpoint.state["best"]
         # A checkpoint is older than its step's snapshot, which may have been lost; only a finished run is known whole.
         done = self.step == self.total and (self.folder / "snapshots" / snapshot_name(self.num_images)).exists()
         done = self.processes.any(self.processes.is_main and done)
-        self.lacks_snapshot = not done and self.crosses(self.config.snapshot_images)
+        # That of a finished run which is extended is known to no checkpoint yet: neither its score nor its record.
+        extended = checkpoint.state["run"]["train"]["total_images"] <= self.num_images
+        self.lacks_snapshot = not done and (extended or self.crosses(self.config.snapshot_images))
         if self.processes.is_main and not done and self.metrics.exists():
             # what was written after the checkpoint comes again
             os.truncate(self.metrics, min(self.metrics.stat().st_size, checkpoint.state["metrics_bytes"]))
@@ -362,6 +400,18 @@ def check_split(config: TrainConfig, processes: Processes) -> None:
         raise ValueError(f"batch_size {config.batch_size} is one image a micro-batch; batch norm needs two or more")
 
 
+@contextmanager
+def _threads_of(processes: Processes) -> Iterator[None]:
+    """Lends the main process the threads of those on its machine that wait; torchrun gives each of them one."""
+    own, local = torch.get_num_threads(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if processes.world_size > 1 and local > 1:
+        torch.set_num_threads(max(own, min(own * local, os.cpu_count() or 1)))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(own)
+
+
 class _Interrupted(BaseException):
     """A signal came during work that may be given up; no Exception, which that work might handle."""
 
@@ -405,10 +455,10 @@ class _Signals:
         finally:
             self._interrupting = False
 
-    def end_if_received(self, processes: Processes) -> None:
+    def end_if_received(self, processes: Processes, place: str) -> None:
         """
         Raises:
             TrainingStopped: one of the processes, which all have to ask, was sent a signal.
         """
         if processes.any(bool(self.received)):
-            raise TrainingStopped(self.received[0] if self.received else signal.SIGTERM)
+            raise TrainingStopped(self.received[0] if self.received else signal.SIGTERM, place)

@@ -18,6 +18,9 @@ from bigbigan.model import BigBiGAN
 from bigbigan.training.batches import Images
 from bigbigan.training.config import TrainConfig
 
+# Mean absolute differences of the grid's images, which are training images, to their reconstructions, to the mean of
+# all, to each one's mean colour and to another one.
+PIXEL_L1 = ("pixel_l1", "mean_image_l1", "mean_color_l1", "random_pair_l1")
 GRID_IMAGES, PROBE_BATCH, NEIGHBOURS = 32, 256, 5
 
 logger = logging.getLogger(__name__)
@@ -65,17 +68,25 @@ class Monitor:
         x = self.grid.float() / 127.5 - 1  # [N, C, S, S]
         again = model.reconstruct(x).cpu()  # [N, C, s, s]
         save_image(make_pairs(x, again), folder / f"reconstructions-{num_images:010d}.png")
-        scores = {"pixel_l1": round((again - match_size(x, again)).abs().mean().item(), 5)}
+        shown = match_size(x, again)
+        others = (again, shown.mean(0, keepdim=True), shown.mean((2, 3), keepdim=True), shown.roll(1, 0))
+        scores = {
+            name: round((other - shown).abs().mean().item(), 5) for name, other in zip(PIXEL_L1, others, strict=True)
+        }
         if self.chosen is not None:
             encode = BatchEncoder(model, ("avepool_feat", "bn_crelu_feat"), PROBE_BATCH, 0)
             parts = [encode(self.images[i].float() / 127.5 - 1, 0) for i in self.chosen.split(PROBE_BATCH)]
-            labels, n = self.labels[self.chosen], self.fitted
-            for name, rows in ((name, torch.cat([part[name] for part in parts])) for name in parts[0]):
+            # Where the model is: a probe of a large encoder's features takes a host much longer.
+            device = next(model.parameters()).device
+            labels, n = self.labels[self.chosen].to(device), self.fitted
+            for name, rows in ((name, torch.cat([part[name] for part in parts]).to(device)) for name in parts[0]):
                 probe = linear_probe(
                     rows[:n], labels[:n], rows[n:], labels[n:], l2_grid=(self.config.probe_l2,), holdout=0
                 )
                 scores[f"linear_{name}"] = round(probe.accuracy, 5)
                 if name == "avepool_feat":
-                    (near,) = knn_accuracy(rows[:n], labels[:n], rows[n:], labels[n:], ks=(min(NEIGHBOURS, n),))
+                    (near,) = knn_accuracy(
+                        rows[:n], labels[:n], rows[n:], labels[n:], ks=(min(NEIGHBOURS, n),), device=device
+                    )
                     scores[f"knn_{name}"] = round(near.accuracy, 5)
         return scores

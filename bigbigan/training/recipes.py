@@ -35,6 +35,8 @@ def _imagenet(name: str) -> TrainConfig:
         lr_d=2e-4,
         encoder_lr_multiplier=10.0 if name in RAISED_ENCODER_LR else 1.0,
         ema_halflife_images=halflife(0.9999, IMAGENET_BATCH),
+        ema_rampup=0.0,
+        ema_start_images=0 if name.startswith("bigbigan") else 40_000 * IMAGENET_BATCH,
         augmentation=RESNET_CROPS,
         reversible=getattr(model.encoder, "architecture", "") == "revnet",
         standing_passes=100,
@@ -86,6 +88,9 @@ def _small(name: str, **changes: object) -> TrainConfig:
     return replace(_SMALL, name=name, model=PRESETS[name].config, **changes)  # type: ignore[arg-type]
 
 
+# For thousands of colour photos, not millions: D sees them moved and with holes. Not "color": it would hide from D
+# whether G kept an image's colours.
+_PHOTOS = {"augmentation": AugmentationConfig(flip=True), "diff_augment": ("translation", "cutout")}
 _BIGAN = {"objective": "logistic", "encoder_lr_multiplier": 1.0, "d_steps": 1, "lr_g": 2e-4, "lr_d": 2e-4}
 
 RECIPES: dict[str, TrainConfig] = {
@@ -97,6 +102,9 @@ RECIPES: dict[str, TrainConfig] = {
         _SMALL,
         _small("bigbigan-mnist-32"),
         _small("bigbigan-cifar10-32", augmentation=AugmentationConfig(flip=True)),
+        _small("bigbigan-photos-64", **_PHOTOS),
+        _small("bigbigan-photos-128", **_PHOTOS),
+        _small("bigbigan-fruits-64", **_PHOTOS, probe_images=12_000),
         _BIGAN_MNIST,
         _small("bigan-mnist-32", **_BIGAN),
         _small("bigan-fashion-mnist-32", **_BIGAN),
@@ -151,8 +159,9 @@ _TABLE_1: _Rows = (
     ("adam_beta1 adam_beta2", "second hand", "BigGAN's (paper, appendix A), as google/compare_gan has them"),
     ("adam_eps", "chosen", "TensorFlow's default; not stated"),
     ("initializer", "chosen", "as BigGAN (google/compare_gan, PyTorch code); not stated for BigBiGAN"),
-    ("ema_halflife_images", "second hand", "decay 0.9999 a step (paper, appendix A). Its start is not stated: here the "
-     "half-life is at most a twentieth of the images seen so far"),
+    ("ema_halflife_images ema_rampup", "second hand", "decay 0.9999 a step throughout (paper, appendix A)"),
+    ("ema_start_images", "chosen", "from the first step: not stated"),
+    ("diff_augment", "chosen", "none: no source mentions any"),
     ("augmentation", "read", "ResNet crops and flips (released demo), as tensorflow/tpu's resnet_preprocessing"),
     ("augmentation.filter", "chosen", "bicubic as there, but antialiased"),
     ("standing_passes", "recalled", "BigGAN's number of passes; not stated for BigBiGAN"),
@@ -205,8 +214,9 @@ _BASELINE: _Rows = (
     ("lr_decay_images lr_decay weight_decay", "read", "none: google/compare_gan"),
     ("adam_eps", "read", "TensorFlow's default, which google/compare_gan leaves; BigGAN's PyTorch code has 1e-6"),
     ("initializer", "read", "google/compare_gan and BigGAN's PyTorch code"),
-    ("ema_halflife_images", "read", "decay 0.9999 a step: google/compare_gan, from step 40,000 on. Here from the "
-     "start, the half-life being at most a twentieth of the images seen so far"),
+    ("ema_halflife_images ema_rampup ema_start_images", "read", "decay 0.9999 a step from step 40,000 on, until then "
+     "the weights themselves: google/compare_gan"),
+    ("diff_augment", "read", "none: google/compare_gan"),
     ("augmentation", "chosen", "BigBiGAN's ResNet crops and flips, to compare with it; google/compare_gan cuts squares "
      "of at least half the area and mirrors none"),
     ("standing_passes", "recalled", "BigGAN's number of passes. google/compare_gan takes as many images in smaller "
@@ -231,13 +241,18 @@ _AUTHORS_MNIST: _Rows = (
     ("adam_beta1", "read", "train_gan.py's default; lib/updates.py also shrinks it, by 1e-8 of itself a step"),
     ("adam_beta2 adam_eps", "read", "lib/updates.py"),
     ("initializer", "read", "net.py: N(0, 0.02); gan.py: zero for D's score"),
-    ("ema_halflife_images", "read", "no average: train_gan.py scores and saves the weights themselves"),
-    ("augmentation", "read", "none: data.py"),
+    ("ema_halflife_images ema_rampup ema_start_images", "read", "no average: train_gan.py scores and saves the "
+     "weights themselves"),
+    ("augmentation diff_augment", "read", "none: data.py"),
     ("standing_passes", "read", "deploy_iters in train_mnist.sh"),
 )  # fmt: skip
 _SMALL_ROWS: _Rows = (
     ("model", "chosen", "this project's small networks: bigbigan/presets.py"),
-    ("total_images batch_size reuse_batch ema_halflife_images augmentation", "chosen", "sized for a CPU"),
+    ("total_images batch_size reuse_batch ema_halflife_images ema_rampup ema_start_images augmentation", "chosen",
+     "sized for a CPU"),
+    ("diff_augment", "chosen", "none, but in the recipes for a person's own photos: translation and cutout as "
+     "DiffAugment (arXiv 2006.10738) has them for small data sets. Not its colour, which would hide from D whether G "
+     "kept an image's colours"),
     ("simultaneous separate_passes lr_decay_images lr_decay weight_decay adam_beta2 adam_eps initializer "
      "standing_passes", "chosen", "as in the recipes for ImageNet"),
 )  # fmt: skip

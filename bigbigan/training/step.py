@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -17,6 +17,7 @@ from bigbigan.discriminator import DiscriminatorOutput
 from bigbigan.layers import advance_spectral_norm, initialize
 from bigbigan.model import PART_CLASSES
 from bigbigan.training.config import TrainConfig
+from bigbigan.training.diffaugment import Transformation, diff_augment
 from bigbigan.training.ema import EMA
 from bigbigan.training.losses import discriminator_loss, generator_encoder_loss, rotation_loss, turn
 
@@ -30,10 +31,13 @@ class Batch:
     x: Tensor  # [N, C, S, S] real images at E's resolution
     z: Tensor  # [N, z_dim] from the prior
     noise: Tensor  # [N, z_dim] from N(0, 1), for E's sample
+    draws: Tensor | None = None  # [N, 2, 7] in [-1, 1], for `diff_augment` of the real and the generated image
 
     def split(self, pieces: int) -> Iterator[Batch]:
-        for part in zip(*(getattr(self, field.name).chunk(pieces) for field in fields(self)), strict=True):
-            yield Batch(*part)
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        chunks = {name: value.chunk(pieces) for name, value in values.items() if value is not None}
+        for part in zip(*chunks.values(), strict=True):
+            yield Batch(**dict(zip(chunks, part, strict=True)))
 
 
 @dataclass
@@ -44,10 +48,11 @@ class Pairs:
     real_z: Tensor | None  # None without an encoder
     fake_x: Tensor
     fake_z: Tensor
+    draws: Tensor | None = None  # as in the batch
 
     def detach(self) -> Pairs:
         real_z = None if self.real_z is None else self.real_z.detach()
-        return Pairs(self.real_x.detach(), real_z, self.fake_x.detach(), self.fake_z.detach())
+        return Pairs(self.real_x.detach(), real_z, self.fake_x.detach(), self.fake_z.detach(), self.draws)
 
 
 class TrainingState:
@@ -81,7 +86,15 @@ class TrainingState:
                 encoder.trunk.reversible = True  # type: ignore[union-attr]
         self.parallel = dict(self.networks)
         averaged = [name for name in ("generator", "encoder") if name in self.networks and config.ema_halflife_images]
-        self.ema = {name: EMA(self.networks[name], config.ema_halflife_images) for name in averaged}
+        self.ema = {
+            name: EMA(
+                self.networks[name],
+                config.ema_halflife_images,
+                rampup=config.ema_rampup,
+                start_images=config.ema_start_images,
+            )
+            for name in averaged
+        }
         rates = {"generator": config.lr_g, "encoder": config.lr_g * config.encoder_lr_multiplier}
         groups = [
             {"params": list(self.networks[name].parameters()), "lr": rate, "initial_lr": rate}
@@ -95,7 +108,8 @@ class TrainingState:
     def _adam(self, groups: list[dict[str, object]]) -> torch.optim.Adam:
         config = self.config
         betas = (config.adam_beta1, config.adam_beta2)
-        return torch.optim.Adam(groups, betas=betas, eps=config.adam_eps, weight_decay=config.weight_decay, fused=True)
+        fused = self.device.type != "meta"  # older versions of torch refuse it there, where nothing is computed
+        return torch.optim.Adam(groups, betas=betas, eps=config.adam_eps, weight_decay=config.weight_decay, fused=fused)
 
     @property
     def generator(self) -> nn.Module:
@@ -133,11 +147,16 @@ def make_pairs(state: TrainingState, batch: Batch) -> Pairs:
     fake_x = state.parallel["generator"](batch.z)  # [N, C, s, s]
     encoder = state.parallel.get("encoder")
     real_z = encoder(channels_last(batch.x), batch.noise).z_sample if encoder is not None else None  # [N, z_dim]
-    return Pairs(pool_to(batch.x, fake_x.shape[-1]), real_z, fake_x, batch.z)
+    return Pairs(pool_to(batch.x, fake_x.shape[-1]), real_z, fake_x, batch.z, batch.draws)
 
 
 def score(
-    discriminator: nn.Module, pairs: Pairs, *, rotate_every: int = 0, separate: bool = False
+    discriminator: nn.Module,
+    pairs: Pairs,
+    *,
+    rotate_every: int = 0,
+    separate: bool = False,
+    augmentations: Sequence[Transformation] = (),
 ) -> tuple[DiscriminatorOutput, DiscriminatorOutput]:
     """Scores of real and generated pairs, from one pass over both (or `separate` ones), under one spectral norm.
 
@@ -146,6 +165,8 @@ def score(
     """
     halves = [(pairs.real_x, pairs.real_z), (pairs.fake_x.to(pairs.real_x.dtype), pairs.fake_z)]
     n = len(pairs.real_x)
+    if augmentations and pairs.draws is not None:
+        halves = [(diff_augment(x, pairs.draws[:, i], augmentations), z) for i, (x, z) in enumerate(halves)]
     if rotate_every:
         halves = [(torch.cat([x, turn(x[rotate_every - 1 :: rotate_every])]), None) for x, _ in halves]
     if separate:
@@ -239,7 +260,8 @@ def _discriminator_gradients(state: TrainingState, batch: Batch, keep_graph: boo
 def _score(state: TrainingState, discriminator: nn.Module, pairs: Pairs) -> tuple[DiscriminatorOutput, ...]:
     config = state.config
     every = 4 * config.batch_size // config.rotated_batch_size if config.rotated_batch_size else 0
-    return score(discriminator, pairs, rotate_every=every, separate=config.separate_passes)
+    separate, augmentations = config.separate_passes, config.diff_augment
+    return score(discriminator, pairs, rotate_every=every, separate=separate, augmentations=augmentations)
 
 
 def _micro_batches(batch: Batch, pieces: int) -> Iterator[tuple[Batch, bool]]:

@@ -121,7 +121,7 @@ def sweep(work: Path, kills: int, processes: int, seed: int) -> dict[str, Any]:
     assert not strays(run), strays(run)
     text = log.read_text()
     assert "passing over a corrupt checkpoint" not in text, "a half checkpoint had a final name"
-    return {"kills": kills, "inside_a_save": inside, "resumed": text.count("going on from"), "steps": steps}
+    return {"kills": kills, "inside_a_save": inside, "resumed": text.count("resuming from"), "steps": steps}
 
 
 def main() -> int:

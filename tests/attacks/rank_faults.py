@@ -107,7 +107,7 @@ def stop(work: Path, ranks: int) -> dict[str, Any]:
     process.terminate()
     seconds = finish(process, tag, 30)
     text = log.read_text()
-    assert text.count("stopped by SIGTERM; the same command goes on") == ranks, text[-3000:]
+    assert len(re.findall("stopped by SIGTERM after step .*same command again to resume", text)) == ranks, text[-3000:]
     kept = load_checkpoint(run / "checkpoints")
     logged = json.loads(metrics.read_text().splitlines()[-1])["num_images"]
     assert kept is not None and kept.step * BATCH == logged, (kept and kept.step, logged)

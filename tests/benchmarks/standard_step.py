@@ -197,10 +197,11 @@ class StandardTraining:
         losses = []
         for i in range(self.config.d_steps):
             batch = batches(i)
+            small = F.adaptive_avg_pool2d(batch.x, self.config.model.discriminator.resolution)  # of E's larger images
             with self.autocast():
                 with torch.no_grad():
                     latents, images = self.encoder(batch.x, batch.noise), self.generator(batch.z)
-                real, fake = self.discriminator(batch.x, latents), self.discriminator(images, batch.z)
+                real, fake = self.discriminator(small, latents), self.discriminator(images, batch.z)
                 pairs = zip(real, fake, strict=True)
                 loss_d = sum(F.relu(1 - r).float().mean() + F.relu(1 + f).float().mean() for r, f in pairs)
             self.optimizer_d.zero_grad()
@@ -209,7 +210,7 @@ class StandardTraining:
             losses.append(loss_d.detach())
         self.discriminator.requires_grad_(False)
         with self.autocast():
-            real = self.discriminator(batch.x, self.encoder(batch.x, batch.noise))
+            real = self.discriminator(small, self.encoder(batch.x, batch.noise))
             fake = self.discriminator(self.generator(batch.z), batch.z)
             loss_ge = sum(r.float().mean() - f.float().mean() for r, f in zip(real, fake, strict=True))
         self.optimizer_ge.zero_grad()
