@@ -19,6 +19,7 @@ from bigbigan.commands.options import (
     open_model,
     positive,
 )
+from bigbigan.commands.sample_record import write_record
 from bigbigan.outputs import PICTURE, claim, claim_pictures
 
 if TYPE_CHECKING:
@@ -151,6 +152,8 @@ def _draw(arguments: argparse.Namespace, output: Path, earlier: list[Path] | Non
 
     model = open_model(arguments, ("generator",), arguments.name)
     _check_layout(arguments, model, arguments.number if earlier is None else 1, arguments.columns)
+    if earlier is not None:
+        write_record(output, model)
     drawn = []
     for start in range(0, arguments.number, BATCH):
         z = model.sample_latents(
