@@ -20,7 +20,7 @@ from PIL import Image
 from bigbigan import create_model
 from bigbigan.cli import main
 from bigbigan.evaluation.feature_files import read_features
-from bigbigan.evaluation.retrieval import feature_names
+from bigbigan.evaluation.feature_files import feature_names
 from bigbigan.images import save_image
 from bigbigan.presets import PRESETS
 from bigbigan.schema import to_dict
