@@ -15,8 +15,8 @@ from bigbigan.arrays import as_tensor, check_shape
 from bigbigan.config import MLPDiscriminatorConfig, MLPEncoderConfig, MLPGeneratorConfig
 from bigbigan.discriminator import DiscriminatorOutput
 from bigbigan.encoder import EncoderOutput, crelu
-from bigbigan.kernels import trained_linear
 from bigbigan.layers import BatchNorm
+from bigbigan.onednn import trained_linear
 from bigbigan.pretrained import Pretrained
 
 Config = MLPGeneratorConfig | MLPEncoderConfig | MLPDiscriminatorConfig

@@ -32,7 +32,7 @@ from bigbigan.config import (
 )
 from bigbigan.discriminator import Discriminator, DiscriminatorOutput
 from bigbigan.encoder import Encoder, EncoderOutput
-from bigbigan.fuse import FusedPart, check_fusible, fuse
+from bigbigan.fused import FusedPart, check_fusible, fuse
 from bigbigan.generator import Generator
 from bigbigan.images import ImageLike
 from bigbigan.mlp import MLPDiscriminator, MLPEncoder, MLPGenerator

@@ -28,7 +28,7 @@ from bigbigan.config import (
     select_parts,
 )
 from bigbigan.files import TEMPORARY, OutputError, atomic_write, hold, sync
-from bigbigan.fuse import fuse as fuse_part
+from bigbigan.fused import fuse as fuse_part
 from bigbigan.integrity import (
     DTYPES,
     SHA256,

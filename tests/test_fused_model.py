@@ -25,11 +25,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from bigbigan import BigBiGAN, Generator, create_model, load
-from bigbigan import fuse as fuse_module
 from bigbigan.cli import main
 from bigbigan.config import GeneratorConfig
-from bigbigan.fuse import fuse
-from bigbigan.kernels import packs
+from bigbigan.fused import fuse
+from bigbigan.fused import swap as fuse_module
+from bigbigan.fused.kernels import packs
 from bigbigan.layers import UpsampleConv2d
 from bigbigan.onnx import export_program
 from bigbigan.presets import get_preset
@@ -166,7 +166,7 @@ def test_kernels_that_changed_are_not_used(
             raise answer
         return False
 
-    monkeypatch.setattr("bigbigan.kernels._packed_kernels_agree", agree)
+    monkeypatch.setattr("bigbigan.fused.kernels._packed_kernels_agree", agree)
     packs.cache_clear()
     try:
         model = load()

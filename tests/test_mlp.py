@@ -16,11 +16,11 @@ from torch import nn
 from bigbigan import Encoder, Generator, WeightsError, create_model, load
 from bigbigan.config import BigBiGANConfig, MLPDiscriminatorConfig, MLPEncoderConfig, MLPGeneratorConfig
 from bigbigan.config import PreprocessConfig as Preprocess
-from bigbigan.kernels import packs
 from bigbigan.layers import StandingStatistics, effective_state
 from bigbigan.mlp import Linear, MLPDiscriminator, MLPEncoder, MLPGenerator
 from bigbigan.modelcard import model_card
 from bigbigan.modelfolder import load_folder, read_config
+from bigbigan.onednn import trains_linear
 
 # Epsilons and slopes far from the defaults, so that one in the wrong place shows.
 SMALL: dict[str, Any] = {"resolution": 4, "image_channels": 2, "width": 7, "z_dim": 3, "bn_eps": 0.1}
@@ -149,7 +149,7 @@ def test_linear_layers_are_trained_by_kernels_that_give_the_same(n: int) -> None
     layer = randomize(Linear(4, 3)).float()
     x = random_normal(n, 4).float().requires_grad_()
     out = layer(x)
-    assert (out.grad_fn.name() == "_TrainedLinearBackward") == packs()
+    assert (out.grad_fn.name() == "_TrainedLinearBackward") == trains_linear()
     weights = random_normal(n, 3).float()
     found = torch.autograd.grad((out * weights).sum(), (x, layer.weight))
     close(out, nn.functional.linear(x, layer.weight), 1e-6)

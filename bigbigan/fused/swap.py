@@ -1,4 +1,4 @@
-"""Inference made faster and equal: a network's leaves swapped for others that compute the same in fewer passes.
+"""Fused inference: a network's leaves swapped for others that compute the same in fewer passes.
 
 What is swapped, and why it is equal:
 
@@ -13,7 +13,7 @@ What is swapped, and why it is equal:
 - attention: its three input convolutions as one, gamma in its last one, and scores that stay in the cache
 - a batch runs in pieces whose activations fit into memory at hand
 
-Sums are made in float64 and rounded once. `bigbigan.kernels` says what runs where.
+Sums are made in float64 and rounded once. `bigbigan.fused.kernels` says what runs where.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bigbigan.discriminator import ImageDiscriminator
-from bigbigan.fused import (
+from bigbigan.fused.kernels import CHANNELS_LAST, Kernel, Side, packable
+from bigbigan.fused.leaves import (
     Attention,
     ConditionalScaleShiftReLU,
     Convolution,
@@ -47,7 +48,6 @@ from bigbigan.fused import (
     window_of,
 )
 from bigbigan.generator import Generator
-from bigbigan.kernels import CHANNELS_LAST, Kernel, Side, packable
 from bigbigan.layers import (
     ConditionalNormReLU,
     DownsampleConv2d,
