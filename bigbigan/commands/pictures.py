@@ -152,8 +152,6 @@ def _draw(arguments: argparse.Namespace, output: Path, earlier: list[Path] | Non
 
     model = open_model(arguments, ("generator",), arguments.name)
     _check_layout(arguments, model, arguments.number if earlier is None else 1, arguments.columns)
-    if earlier is not None:
-        write_record(output, model)
     drawn = []
     for start in range(0, arguments.number, BATCH):
         z = model.sample_latents(
@@ -169,6 +167,8 @@ def _draw(arguments: argparse.Namespace, output: Path, earlier: list[Path] | Non
             continue
         while earlier:  # the first new images are there: the old ones go before the two can mix
             earlier.pop().unlink()
+        if start == 0:
+            write_record(output, model)
         for index, image in enumerate(images, start):
             save_image(make_grid(image[None], scale=arguments.scale or 1), output / f"{index:06d}.png")
     if drawn:

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from bigbigan.config import PreprocessConfig
-from bigbigan.images import FORMATS, WHITE, BadImageError, preprocess, read_image
+from bigbigan.images import FORMATS, WHITE, BadImageError, opened, preprocess, read_image
 from bigbigan.training.augment import NUM_CROP_DRAWS, AugmentationConfig, crop_box, uniform
 
 GREY = ("1", "L", "LA", "La", "I;16", "I;16L", "I;16B", "I;16N")  # Pillow's modes
@@ -97,7 +97,7 @@ class Decoder:
         """
         if source is None:
             raise BadImageError(None, "the row has no image bytes")
-        picture: Any = _opened(source) if isinstance(source, bytes) else source
+        picture: Any = opened(source) if isinstance(source, bytes) else source
         if draws is None:
             return _to_uint8(preprocess(picture, self.config, self.channels, tell_colour=False))
         background = (0, 0, 0) if self.config.polarity == "light-on-dark" else WHITE
@@ -127,13 +127,6 @@ def in_colour(sources: Sequence[Source], numbers: Sequence[int]) -> list[bool]:
         try:
             with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as picture:
                 found.append(picture.mode not in GREY)
-        except Exception:  # as open a set as in `_opened`; decoding it will tell why
+        except Exception:  # as open a set as in `opened`; decoding it will tell why
             continue
     return found
-
-
-def _opened(data: bytes) -> Image.Image:
-    try:
-        return Image.open(io.BytesIO(data), formats=FORMATS)
-    except Exception as error:  # what damaged files raise in Pillow is an open set
-        raise BadImageError(None, f"cannot be decoded ({type(error).__name__}: {error})") from error
