@@ -19,8 +19,8 @@ from bigbigan.commands.options import (
     open_model,
     positive,
 )
-from bigbigan.commands.sample_record import write_record
-from bigbigan.outputs import PICTURE, claim, claim_pictures
+from bigbigan.commands.sample_record import NAME, write_record
+from bigbigan.outputs import PICTURE, SAMPLES, check_output, claim, claim_pictures
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -139,6 +139,7 @@ def _generate(arguments: argparse.Namespace) -> int:
     if arguments.name and arguments.model:
         raise ValueError(f"MODEL is {arguments.name} and --model is {arguments.model}; give one of them")
     if single:
+        check_output(output / NAME, SAMPLES)
         with claim_pictures(output, overwrite=arguments.overwrite) as earlier:
             return _draw(arguments, output, earlier)
     with claim(output, PICTURE):
