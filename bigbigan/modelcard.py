@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from bigbigan.config import BigBiGANConfig, DiscriminatorConfig
+from bigbigan.markdown import escape, one_line, table
 
 if TYPE_CHECKING:
     from bigbigan.model import BigBiGAN
@@ -23,7 +24,7 @@ def model_card(model: BigBiGAN, where: str = "path/to/this/folder") -> str:
     """Text of README.md; `where` is what `load` takes to get the model (a folder, or `org/name` on the Hub)."""
     info = model.info
     method, title, arxiv = _method(model.config)
-    name = _line(info.name) or f"{method} model"
+    name = info.name or f"{method} model"
     code = [
         "from bigbigan import load",
         "",
@@ -38,19 +39,19 @@ def model_card(model: BigBiGAN, where: str = "path/to/this/folder") -> str:
         parts.append((f"`{part}.safetensors`", f"{numbers:,}", dtype, f"{size / 1e6:,.1f} MB"))
     sections = [
         _metadata(model),
-        f"# {name}",
+        f"# {escape(name)}",
         f"{method} ({', '.join(model.parts)}) for the Python package `bigbigan`. The method is that of "
         f"[{title}](https://arxiv.org/abs/{arxiv}).",
         "```python\n" + "\n".join(code) + "\n```",
-        _table(("File", "Values", "Type", "Size"), parts),
+        _table(("File", "Values", "Type", "Size"), parts, ready=True),
         "`config.json` has the architecture, and the size and SHA-256 of each file; loading checks them.",
-        f"**Source:** {_line(info.source) or 'not stated'}\n\n**License:** {_line(info.license) or 'not stated'}",
+        f"**Source:** {escape(info.source) or 'not stated'}\n\n**License:** {escape(info.license) or 'not stated'}",
     ]
     tables = {key: value for key, value in info.provenance.items() if _is_table(value)}
     if facts := list(flatten({key: value for key, value in info.provenance.items() if key not in tables})):
         sections += ["## Provenance", _table(("Fact", "Value"), facts)]
     for key, rows in tables.items():  # such as a converted model's differences to its source, output by output
-        sections += [f"### {_line(key)}", _table(tuple(rows[0]), [tuple(map(str, row.values())) for row in rows])]
+        sections += [f"### {escape(key)}", _table(tuple(rows[0]), [tuple(map(str, row.values())) for row in rows])]
     return "\n\n".join(sections) + "\n"
 
 
@@ -73,7 +74,7 @@ def _metadata(model: BigBiGAN) -> str:
         if re.fullmatch(r"[a-z0-9][a-z0-9.\-]*", model.info.license):
             lines.append(f"license: {model.info.license}")
         else:  # the Hub knows licences by lower-case identifiers; a JSON string is a YAML string
-            lines += ["license: other", f"license_name: {json.dumps(_line(model.info.license)[:80])}"]
+            lines += ["license: other", f"license_name: {json.dumps(one_line(model.info.license)[:80])}"]
     if tasks := [task[part] for part in model.parts if part in task]:
         lines.append(f"pipeline_tag: {tasks[0]}")
     lines += ["tags:", "- bigbigan", "- gan", "- representation-learning"]
@@ -95,11 +96,5 @@ def _is_table(value: Any) -> bool:
     return bool(records) and all(row.keys() == value[0].keys() for row in value)
 
 
-def _table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
-    lines = [header, ("---",) * len(header), *rows]
-    return "\n".join("| " + " | ".join(_line(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
-
-
-def _line(text: str) -> str:
-    """One line of text that cannot open HTML."""
-    return " ".join(text.split()).replace("<", "&lt;")
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]], *, ready: bool = False) -> str:
+    return "\n".join(table(header, rows, ready=ready))
