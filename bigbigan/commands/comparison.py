@@ -270,7 +270,7 @@ def _open(
     kind: str, rest: str, arguments: argparse.Namespace, model: BigBiGAN, splits: Splits
 ) -> Callable[[], Iterator[Measured]]:
     """What computes the rows of a SPEC, once everything that it names is found."""
-    from bigbigan import hub
+    from bigbigan import factory
     from bigbigan.evaluation.adapters import huggingface_features, timm_features
     from bigbigan.evaluation.linear_probe import check_width
     from bigbigan.evaluation.report import images_seen
@@ -304,7 +304,7 @@ def _open(
             name, pooling=pooling or "pooled", revision=revision or None, device=device
         )
     else:
-        other = hub.load(rest, parts=("encoder",), device=device)
+        other = factory.load(rest, parts=("encoder",), device=device)
         representation = model_features(other, arguments.features, name=rest, batch_size=arguments.batch_size)
         facts = {"images_seen": seen} if (seen := images_seen(other)) else {}
     return lambda: iter([replace(_computed(representation, arguments, splits), facts=facts)])

@@ -188,10 +188,10 @@ def _network(arguments: argparse.Namespace) -> FeatureNetwork:
     if name == "inception":
         return inception_network(choose_device(arguments.device))
     if name.startswith("model:"):
-        from bigbigan import hub
+        from bigbigan import factory
 
         device = choose_device(arguments.device)
-        return encoder_network(hub.load(name.removeprefix("model:"), parts=("encoder",), device=device))
+        return encoder_network(factory.load(name.removeprefix("model:"), parts=("encoder",), device=device))
     script, _, function = name.partition(".py:")
     if not function:
         raise ValueError(f"--network is {name!r}; give inception, model:NAME or FILE.py:FUNCTION")
