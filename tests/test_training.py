@@ -33,6 +33,7 @@ from bigbigan.training.ema import EMA
 from bigbigan.training.export import inference_model
 from bigbigan.training.latents import draw_latents
 from bigbigan.training.losses import discriminator_loss, generator_encoder_loss
+from bigbigan.training.monitor import Monitor
 from bigbigan.training.step import Batch, TrainingState, make_pairs, score, train_step
 
 TINY = TrainConfig(
@@ -339,7 +340,7 @@ def test_non_finite_run_keeps_its_last_checkpoint(
 
 def test_best_snapshot_is_kept_beside_the_newest(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scores = iter([{"linear_avepool_feat": s} for s in (0.5, 0.9, 0.7, 0.8)])
-    monkeypatch.setattr(loop.Monitor, "__call__", lambda *_: next(scores))
+    monkeypatch.setattr(Monitor, "__call__", lambda *_: next(scores))
     run = loop.train(dataclasses.replace(TINY, snapshot_images=12), open_dataset(photos), tmp_path / "run")
     assert sorted(path.name for path in (run / "snapshots").iterdir()) == ["images-0000000024", "images-0000000048"]
     assert loop.load_checkpoint(run / "checkpoints").state["best"]["num_images"] == 24

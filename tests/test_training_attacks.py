@@ -111,7 +111,7 @@ def metrics(run: Path) -> list[dict[str, float]]:
 
 def scores(monkeypatch: pytest.MonkeyPatch, values: list[float]) -> None:
     given = iter(values)
-    monkeypatch.setattr(loop.Monitor, "__call__", lambda *_: {"linear_avepool_feat": next(given)})
+    monkeypatch.setattr(Monitor, "__call__", lambda *_: {"linear_avepool_feat": next(given)})
 
 
 def test_newest_checkpoints_stay_and_that_of_the_best_snapshot(
@@ -219,7 +219,7 @@ def test_a_signal_does_not_wait_for_a_snapshot(photos: Path, tmp_path: Path, mon
         pytest.fail("the snapshot went on")
 
     for _ in range(2):
-        monkeypatch.setattr(loop.Monitor, "__call__", long)
+        monkeypatch.setattr(Monitor, "__call__", long)
         with pytest.raises(loop.TrainingStopped):
             train(photos, run)
         assert steps(run) == [1, 2] and not any((run / "snapshots").iterdir())
