@@ -1,4 +1,4 @@
-"""Pictures in and out: reading, cropping, scaling, writing, grids.
+"""Pictures in: reading, cropping, scaling.
 
 What a file or a Pillow image becomes (`read_image`), always 8 bits a channel:
 
@@ -22,13 +22,13 @@ grey and 16-bit colour PNGs.
 from __future__ import annotations
 
 import functools
+import io
 import os
 import stat
 import threading
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, BinaryIO, TypeGuard
 
 import numpy as np
@@ -37,10 +37,13 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from bigbigan.config import PreprocessConfig
-from bigbigan.files import atomic_write
 from bigbigan.listing import IMAGE_SUFFIXES as IMAGE_SUFFIXES
 from bigbigan.listing import asset_images as asset_images
 from bigbigan.listing import list_images as list_images
+from bigbigan.saving import from_pixels
+from bigbigan.saving import save_image as save_image
+from bigbigan.saving import to_pil as to_pil
+from bigbigan.saving import to_uint8 as to_uint8
 
 Box = tuple[int, int, int, int]
 ImageLike = str | os.PathLike[str] | Image.Image | NDArray[Any] | torch.Tensor
@@ -51,12 +54,6 @@ DRAFT_PIXELS = 16_000_000  # larger JPEGs are decoded at a fraction of their siz
 _BAND_PIXELS = 2_000_000  # converted at a time: large pictures take little more memory than they and their result do
 _MAX_DEFLATE = 1032  # bytes that one byte of a PNG's data can stand for
 WHITE = (255, 255, 255)
-_SAVE_OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
-    ".png": ("PNG", {}),
-    ".jpg": ("JPEG", {"quality": 95}),
-    ".jpeg": ("JPEG", {"quality": 95}),
-    ".webp": ("WEBP", {"lossless": True}),
-}
 _UPRIGHT = {  # EXIF orientation -> what turns the stored pixels upright (EXIF 2.32, tag 0x0112)
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -114,7 +111,7 @@ def _read(source: ImageLike, max_pixels: int, background: tuple[int, int, int], 
             pixels = _pixels(source)
             if pixels.ndim != 3:
                 raise BadImageError(None, f"shape {list(source.shape)} is a batch; one picture is needed here")
-            return _flatten(_from_pixels(pixels), None, max_pixels, background, cut)
+            return _flatten(from_pixels(pixels), None, max_pixels, background, cut)
         if not isinstance(source, str | os.PathLike):
             raise BadImageError(
                 None, f"{type(source).__name__} is no picture; give a path, a Pillow image or a uint8 array"
@@ -132,6 +129,18 @@ def _read(source: ImageLike, max_pixels: int, background: tuple[int, int, int], 
     except Exception as error:
         reason = getattr(error, "strerror", None) or f"cannot be decoded ({type(error).__name__}: {error})"
         raise BadImageError(path, reason) from error
+
+
+def opened(data: bytes) -> Image.Image:
+    """A picture in memory, as far as its header.
+
+    Raises:
+        BadImageError: it is damaged, or of another format.
+    """
+    try:
+        return Image.open(io.BytesIO(data), formats=FORMATS)
+    except Exception as error:  # as open a set as in `_read`
+        raise BadImageError(None, f"cannot be decoded ({type(error).__name__}: {error})") from error
 
 
 def _check_regular(path: str) -> None:
@@ -304,10 +313,6 @@ def _pixels(source: NDArray[Any] | torch.Tensor) -> NDArray[np.uint8]:
     return array
 
 
-def _from_pixels(pixels: NDArray[np.uint8]) -> Image.Image:
-    return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
-
-
 def preprocess(
     images: ImageLike | Sequence[ImageLike],
     config: PreprocessConfig,
@@ -318,6 +323,7 @@ def preprocess(
     background: tuple[int, int, int] | None = None,
     max_pixels: int = MAX_PIXELS,
     first: int = 0,
+    tell_colour: bool = True,
 ) -> torch.Tensor:
     """The encoder's input [N, channels, S, S] in [-1, 1], float32, where S = `config.resolution`.
 
@@ -331,6 +337,7 @@ def preprocess(
             What is left is scaled to `config.size` by Pillow's (antialiased) filter. A picture of that very size is
             neither cropped nor scaled; one of the padded size S is, like any other.
         invert: 255 - v, before the black border of `config.pad` pixels is added.
+        tell_colour: warn where colour becomes grey.
         background: behind transparent pixels. Default white; black for "light-on-dark" models without `invert`.
 
     Raises:
@@ -366,7 +373,7 @@ def preprocess(
             raise BadImageError(f"image {first + index} of the batch", error.reason) from error
         colour |= picture.mode == "RGB"
         rows.append(_to_input(picture, config, channels, invert)[None])
-    if colour and channels == 1:
+    if colour and channels == 1 and tell_colour:
         hint = "; invert=True helps for dark things on a light ground" if config.polarity == "light-on-dark" else ""
         warnings.warn(f"this model was trained on grey images: colour is converted to grey{hint}", stacklevel=2)
     return torch.cat(rows)
@@ -429,42 +436,3 @@ def _to_input(picture: Image.Image, config: PreprocessConfig, channels: int, inv
         pixels = 255 - pixels
     pixels = np.pad(pixels, ((config.pad, config.pad), (config.pad, config.pad), (0, 0)))
     return torch.from_numpy(pixels).permute(2, 0, 1).float() / 127.5 - 1
-
-
-def to_uint8(images: torch.Tensor) -> NDArray[np.uint8]:
-    """Images [N, C, H, W] in [-1, 1] as [N, H, W, C] in 0 to 255: clamped, rounded to nearest, halves to even.
-
-    Raises:
-        ValueError: another number of dimensions, not floats, or NaN or infinity among the values.
-    """
-    if images.ndim != 4 or not images.is_floating_point():
-        raise ValueError(f"{images.dtype} of shape {tuple(images.shape)}; give floats [N, C, H, W] in [-1, 1]")
-    if not images.isfinite().all():
-        raise ValueError("images hold NaN or infinity")
-    values = (images.detach().float().clamp(-1, 1) + 1) * 127.5
-    return values.round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
-
-
-def to_pil(images: torch.Tensor) -> list[Image.Image]:
-    """Images [N, C, H, W] in [-1, 1] as pictures, "L" or "RGB" (C of 1 or 3); rounding and errors as `to_uint8`."""
-    if images.ndim == 4 and images.shape[1] not in (1, 3):
-        raise ValueError(f"shape {tuple(images.shape)}; a picture has 1 or 3 channels")
-    return [_from_pixels(pixels) for pixels in to_uint8(images)]
-
-
-def save_image(image: Image.Image, path: str | os.PathLike[str]) -> None:
-    """Writes a picture of mode "RGB" or "L" whole or not at all, its pixels only: no EXIF, ICC profile or text.
-
-    The suffix decides: .png; .jpg and .jpeg at quality 95; .webp without loss.
-
-    Raises:
-        ValueError: another suffix or mode; nothing is written.
-    """
-    suffix = Path(path).suffix.lower()
-    if suffix not in _SAVE_OPTIONS:
-        raise ValueError(f"{os.fspath(path)}: cannot write {suffix or 'no suffix'!r}; use {', '.join(_SAVE_OPTIONS)}")
-    if image.mode not in ("RGB", "L"):
-        raise ValueError(f"{os.fspath(path)}: cannot write mode {image.mode}; read_image gives RGB or L")
-    name, options = _SAVE_OPTIONS[suffix]
-    with atomic_write(path) as temporary:
-        Image.fromarray(np.asarray(image)).save(temporary, format=name, **options)

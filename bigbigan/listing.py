@@ -76,6 +76,14 @@ def _listed(root: Path) -> tuple[list[Path], list[Path]]:
     return sorted(found, key=lambda path: path.relative_to(root).as_posix()), others
 
 
+def has_images(folder: str | os.PathLike[str]) -> bool:
+    """Whether `list_images` finds any picture in a folder."""
+    try:
+        return bool(_listed(Path(folder))[0])
+    except ValueError:
+        return False
+
+
 def asset_images() -> list[Path]:
     """The pictures inside the package: 32 of Fashion-MNIST's test set, which its model has not seen in training."""
     return _listed(Path(__file__).with_name("assets") / "fashion_mnist_test")[0]

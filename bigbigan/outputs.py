@@ -174,6 +174,11 @@ def _is_record(path: Path) -> bool:
     return isinstance(found, dict) and {"protocol", "data", "results", "versions"} <= set(found)
 
 
+def _is_samples(path: Path) -> bool:
+    found = _json(_text(path))
+    return isinstance(found, dict) and str(found.get("format")).startswith("bigbigan-samples/")
+
+
 def _is_failures(path: Path) -> bool:
     lines = [_json(line) for line in _text(path).splitlines()]
     return bool(lines) and all(isinstance(line, dict) and set(line) == {"path", "reason"} for line in lines)
@@ -204,5 +209,6 @@ STATISTICS = Kind(
     "a file of `--save-statistics`", (".npz", ".safetensors"), lambda path: "network_digest" in _arrays(path)
 )
 RECORD = Kind("a record of `bigbigan evaluate`", (), _is_record)
+SAMPLES = Kind("a record of `bigbigan generate`", (".json",), _is_samples)
 REPORT = Kind("a document of `bigbigan report`", (".md", ".markdown", ".txt", ""), _is_report)
 ONNX = Kind("an ONNX file of `bigbigan export-onnx`", (".onnx",), _is_onnx)

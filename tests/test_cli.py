@@ -75,7 +75,7 @@ def test_generate(tmp_path: Path, folder: str) -> None:
     assert (found[5] == 255).all()
 
     assert main(["generate", "--model", folder, "-n", "34", "-o", f"{tmp_path}/single/", "--seed", "0"]) == 0
-    names = sorted(path.name for path in (tmp_path / "single").iterdir())
+    names = sorted(path.name for path in (tmp_path / "single").glob("*.png"))
     assert names == [f"{index:06d}.png" for index in range(34)]
     for index, image in enumerate(to_uint8(load(folder, fuse=True).generate(34, seed=0))):
         assert abs(pixels(tmp_path / f"single/{index:06d}.png").astype(int) - image).max() <= 1

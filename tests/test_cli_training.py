@@ -6,6 +6,7 @@ import dataclasses
 import json
 import re
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,8 @@ from bigbigan.config import PreprocessConfig
 from bigbigan.images import to_uint8
 from bigbigan.presets import PRESETS
 from bigbigan.schema import to_dict
+from bigbigan.training.data import Images, open_dataset
+from bigbigan.training.recipes import RECIPES
 
 RECIPE = "bigbigan-fashion-mnist-32"
 TINY = PRESETS["bigbigan-tiny"].config
@@ -263,3 +266,26 @@ def test_evaluate_reconstruction(tmp_path: Path, data: Path, capsys: pytest.Capt
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "| Measure | Value |"
     assert "| num_images | 20 |" in lines
+
+
+@pytest.mark.parametrize(
+    ("recipe", "shape", "told"),
+    [
+        ("bigbigan-fashion-mnist-32", (8, 8, 3), "32 of 32 images looked at are in colour, and the networks take grey"),
+        ("bigbigan-cifar10-32", (8, 8), "the images are grey, and the networks take colour"),
+        ("bigbigan-fashion-mnist-32", (8, 8), ""),
+        ("bigbigan-cifar10-32", (8, 8, 3), ""),
+    ],
+)
+def test_colour_and_grey_are_told_apart(
+    tmp_path: Path, recipe: str, shape: tuple[int, ...], told: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Before the first step, once, and without a word on the wrong remedy."""
+    caplog.set_level("INFO", "bigbigan")
+    data = open_dataset(make_classes(tmp_path, {"train": 20}, shape))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(2):
+            Images(data, RECIPES[recipe].model.preprocess, RECIPES[recipe].model.image_channels)
+    found = [message for message in caplog.messages if "networks take" in message]
+    assert [message[: len(told)] for message in found] == ([told] if told else [])

@@ -96,7 +96,7 @@ def test_samples_score_the_same_wherever_they_are(tmp_path: Path, data: Path) ->
     assert drawn["data"]["reference"]["images"] == 60
     assert drawn["command"].startswith("bigbigan evaluate generation --model")
     assert main(["generate", "-n", "20", "--seed", "5", "--model", str(model), "-o", f"{tmp_path}/samples/"]) == 0
-    files = sorted((tmp_path / "samples").iterdir())
+    files = sorted((tmp_path / "samples").glob("*.png"))
     np.savez(tmp_path / "samples.npz", np.stack([pixels(file) for file in files]))
     np.save(tmp_path / "samples.npy", np.stack([pixels(file) for file in files]))
     for source in ("samples", "samples.npz", "samples.npy"):
@@ -210,7 +210,7 @@ def test_generation_refuses_what_does_not_fit(
     assert "gives NoneType, not a FeatureNetwork" in told(
         *given, "--data", data, "--network", f"{data}/network.py:nothing"
     )
-    assert "inception, model:NAME or FILE.py:FUNCTION" in told(*given, "--data", data, "--network", "vgg")
+    assert "model:NAME or FILE.py:FUNCTION" in told(*given, "--data", data, "--network", "vgg")
     odd = tmp_path / "odd"
     odd.mkdir()
     for index, size in enumerate([(32, 32)] * 11 + [(30, 32)]):
@@ -453,3 +453,47 @@ def test_embedded_model_in_efficientnets_eyes(tmp_path: Path, shared_data: Path)
         model_options = ("--samples", tmp_path / f"{name}.npy", "--model", "bigbigan-fashion-mnist-32")
         found[name] = measure(tmp_path, "generation", *model_options, *options)["results"][0][key]
     assert found["real"] < model[key] < found["noise"] / 2, (found, model)
+
+
+def test_ones_own_samples_are_measured_as_their_model_reads_images(
+    tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A folder without --model: the model pads 28 pixels to 32, which scaling would not."""
+    model, samples = tmp_path / "padded", tmp_path / "samples"
+    padded = dataclasses.replace(get_preset("bigbigan-tiny").config, preprocess=PreprocessConfig(28, pad=2))
+    create_model(padded, seed=7).save(model)
+    assert main(["generate", "-n", "20", "--model", str(model), "-o", f"{samples}/"]) == 0
+    options = ("--data", data, "--network", f"{data}/network.py:network", *GENERATION)
+    key = "Fréchet distance (rows)"
+    named = measure(tmp_path, "generation", "--samples", samples, "--model", model, *options)
+    capsys.readouterr()
+    noted = measure(tmp_path, "generation", "--samples", samples, *options)
+    assert noted["results"][0][key] == named["results"][0][key] and noted["protocol"] == named["protocol"]
+    assert "noted beside the pictures" in noted["data"]["reference"]["preprocessing"]
+    shown = capsys.readouterr()
+    assert "| reference images | as the model reads them, noted beside the pictures |" in shown.out
+    assert "without --model" not in shown.err
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    for path in samples.glob("*.png"):
+        (foreign / path.name).write_bytes(path.read_bytes())
+    assumed = measure(tmp_path, "generation", "--samples", foreign, *options)
+    assert assumed["results"][0][key] != named["results"][0][key]
+    shown = capsys.readouterr()
+    assert "| reference images | assumed: the largest centre square, scaled to 32 pixels |" in shown.out
+    assert "pads or crops otherwise, distances are too large. Name it with --model" in shown.err
+    (samples / ".bigbigan-samples.json").write_text("{}")
+    assert "is no record of `bigbigan generate`" in refused(capsys, "generation", "--samples", samples, *options)
+    (samples / ".bigbigan-samples.json").write_text('{"mine": 1}')  # a stranger's file is kept
+    assert main(["generate", "-n", "2", "--model", str(model), "-o", f"{samples}/", "--overwrite"]) == 2
+    assert (samples / ".bigbigan-samples.json").read_text() == '{"mine": 1}'
+    assert len(list(samples.glob("*.png"))) == 20
+
+
+def test_reconstructions_without_a_model_say_how_images_are_read(
+    tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, array = reconstruct_elsewhere(tmp_path, data)
+    capsys.readouterr()
+    measure(tmp_path, "reconstruction", "--reconstructions", array, "--data", data, "--epochs", 1)
+    assert "real images are their largest centre square, scaled to 32 pixels" in capsys.readouterr().err

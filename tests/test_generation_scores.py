@@ -281,3 +281,22 @@ def test_arrays_are_known_by_their_suffix_in_any_case(tmp_path: Path) -> None:
         with open(tmp_path / name, "wb") as file:
             save(file, pictures(5).permute(0, 2, 3, 1).numpy())
         assert given_images(str(tmp_path / name)).count == 5
+
+
+def test_no_set_is_nearer_to_itself_than_nothing() -> None:
+    """Rounding used to leave identical sets at a negative distance."""
+    found = []
+    for seed in range(20):
+        rows = torch.randn(30, 64, generator=torch.Generator().manual_seed(seed)) * 10.0 ** (seed % 5)
+        network = FeatureNetwork("rows", "0" * 64, "nothing", lambda images, rows=rows: (rows, None))
+        images = torch.zeros(30, 3, 2, 2, dtype=torch.uint8)
+        statistics = collect_features([images], 30, network).statistics
+        scale = statistics.covariance.trace().item()
+        found.append(frechet_distance(statistics, statistics))
+        assert 0 <= found[-1] < 1e-6 * scale
+    assert 0.0 in found  # where rounding went below
+
+
+def test_a_classifier_that_knows_nothing_scores_one() -> None:
+    assert 1 <= classifier_score(torch.full((50, 7), 0.3), splits=5)[0] < 1 + 1e-12
+    assert classifier_score(torch.randn(1, 9).expand(40, 9), splits=4)[0] >= 1.0

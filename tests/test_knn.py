@@ -163,3 +163,35 @@ def test_what_does_not_fit_is_refused() -> None:
             nearest(x, other, 1, metric="cosine")
     with pytest.raises(ValueError, match="one label a row"):
         knn_accuracy(x, y[:2], x, y, ks=(1,))
+
+
+def test_proportional_rows_tie_by_cosine_and_the_lower_index_wins() -> None:
+    """Small whole numbers, so that the rows are proportional exactly; more of them than are ranked at once."""
+    draws = np.random.default_rng(3)
+    for width in (3, 17, 64):
+        direction = draws.integers(-9, 10, width)
+        factors = draws.permutation(np.arange(1, 201))
+        other = draws.integers(-9, 10, (50, width)) + 100 * np.eye(50, width, dtype=int)
+        rows = torch.tensor(np.concatenate([np.outer(factors, direction), other]), dtype=torch.float32)
+        queries = torch.tensor(draws.normal(size=(20, width)) * 0.1 + direction, dtype=torch.float32)
+        for k in (1, 5, 30):
+            distances, found = nearest(rows, queries, k, metric="cosine")
+            assert torch.equal(found, torch.arange(k).expand(20, k)), (width, k)
+            assert (distances == distances[:, :1]).all()
+
+
+def test_equal_rows_tie_and_the_lower_index_wins_however_many() -> None:
+    draws = torch.Generator().manual_seed(0)
+    kinds = torch.randn(7, 33, generator=draws)
+    which = torch.randint(7, (500,), generator=draws)
+    for metric in ("l2", "cosine"):
+        rows, queries = kinds[which], kinds + 0.01 * torch.randn(7, 33, generator=draws)
+        _, found = nearest(rows, queries, 20, metric=metric)
+        for kind in range(7):
+            assert found[kind].tolist() == (which == kind).nonzero().flatten()[:20].tolist()
+    # Beyond the copies of the nearest kind come those of the second, by index too.
+    _, found = nearest(rows, queries, 150, metric="l2")
+    distances = torch.cdist(queries.double(), rows.double(), compute_mode="donot_use_mm_for_euclid_dist")
+    for kind in range(7):
+        order = sorted(range(500), key=lambda i: (round(distances[kind, i].item(), 9), i))
+        assert found[kind].tolist() == order[:150]

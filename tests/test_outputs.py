@@ -19,8 +19,7 @@ from PIL import Image
 
 from bigbigan import create_model
 from bigbigan.cli import main
-from bigbigan.evaluation.feature_files import read_features
-from bigbigan.evaluation.retrieval import feature_names
+from bigbigan.evaluation.feature_files import feature_names, read_features
 from bigbigan.images import save_image
 from bigbigan.presets import PRESETS
 from bigbigan.schema import to_dict
@@ -239,7 +238,7 @@ def test_a_folder_of_pictures_holds_those_of_one_call(
     here: Path, tiny: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def names() -> list[str]:
-        return sorted(path.name for path in (here / "a").iterdir())
+        return sorted(path.name for path in (here / "a").glob("*.png"))
 
     draw = ["generate", "--model", tiny, "-o", "a/"]
     assert main([*draw, "-n", "40"]) == 0
@@ -376,7 +375,7 @@ def test_a_run_is_marked_and_older_ones_are_known(here: Path, capsys: pytest.Cap
     assert document.pop("format") == "bigbigan-run/1"
     config.write_text(json.dumps(document, indent=2) + "\n")  # as older versions wrote it
     assert main(train) == 0
-    assert "going on from run/checkpoints/step-00000001" in capsys.readouterr().err
+    assert "resuming from run/checkpoints/step-00000001" in capsys.readouterr().err
     assert json.loads(config.read_text())["format"] == "bigbigan-run/1"
     assert main(["export", "run", "-o", "model"]) == 0
     for name in ("snapshots/images-notes", "snapshots/images-0000000009.txt"):

@@ -5,7 +5,10 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Sequence
 from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from bigbigan.commands.options import (
     Commands,
@@ -19,6 +22,9 @@ from bigbigan.commands.options import (
     positive,
 )
 
+if TYPE_CHECKING:
+    from bigbigan.evaluation.encoding import StoredImage
+
 
 def add_parsers(commands: Commands) -> None:
     parser = add_command(
@@ -31,6 +37,7 @@ def add_parsers(commands: Commands) -> None:
         "  .safetensors  a tensor [N, D] an output, and a JSON list `paths` in the metadata\n"
         "  .parquet      a column `path`, and a list column an output (needs pyarrow)\n"
         "Names are relative to the folder, if one folder is given; bytes of them that are not UTF-8 become \\xNN.\n"
+        "Rows of data sets are called 000000, 000001, … in the order of their split.\n"
         "Outputs of an encoder:\n"
         "  avepool_feat   average pool of the last layer, the features to start from\n"
         "  bn_crelu_feat  [ReLU(h), ReLU(-h)] of the batch-normalised average pool h, twice as wide\n"
@@ -45,7 +52,16 @@ def add_parsers(commands: Commands) -> None:
         "Exit codes: 0 all done, 1 some files failed, 2 wrong usage, no such model, or the output cannot be written,\n"
         "3 no file worked.",
     )
-    parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files, or folders of them")
+    parser.add_argument(
+        "images",
+        nargs="+",
+        metavar="IMAGE",
+        help="image files, folders of them, or data sets as `evaluate --data` takes them (.parquet, folders of it, "
+        "hf:NAME); @FILE is a list of these, one a line or with NUL between, and - such a list on standard input",
+    )
+    parser.add_argument(
+        "--split", default="train", metavar="SPLIT", help="of data sets; train[:100] is a part (default: %(default)s)"
+    )
     parser.add_argument("-o", "--output", required=True, metavar="FILE", help=".npz, .safetensors or .parquet")
     parser.add_argument(
         "--outputs",
@@ -67,9 +83,9 @@ def add_parsers(commands: Commands) -> None:
 def _encode(arguments: argparse.Namespace) -> int:
     import torch
 
-    from bigbigan.evaluation.encoding import encode_files, find_images
+    from bigbigan.evaluation.encoding import encode_files
 
-    files = find_images(arguments.images)
+    files = _find(arguments)
     rank, world_size = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
     if world_size > 1:
         if arguments.device in ("auto", "cuda") and torch.cuda.is_available():
@@ -100,3 +116,76 @@ def _encode(arguments: argparse.Namespace) -> int:
         where = f"in {arguments.output}" if report.done else f"so there is no {arguments.output}"
         print(f"bigbigan encode: {report.done} of {len(files)} images {where}", file=sys.stderr)
     return code
+
+
+def _find(arguments: argparse.Namespace) -> dict[str, Path | StoredImage]:
+    """Pictures by the names of their rows: those of files first, then those of each data set."""
+    from bigbigan.evaluation.encoding import find_images
+    from bigbigan.files import file_name
+
+    given = _listed(arguments.images)
+    sets = [name for name in given if _is_data_set(name)]
+    files: dict[str, Path | StoredImage] = {}
+    if others := [name for name in given if name not in sets]:
+        files |= find_images(others)
+    for name in sets:
+        rows = _rows(name, arguments.split)
+        files |= rows if len(given) == 1 else {f"{file_name(name)}/{row}": image for row, image in rows.items()}
+    return files
+
+
+def _rows(name: str, split: str) -> dict[str, Path | StoredImage]:
+    from functools import partial
+
+    from bigbigan.commands.pairing import row_names
+    from bigbigan.evaluation.encoding import StoredImage
+    from bigbigan.training.sources import open_dataset
+
+    dataset = open_dataset(name, split=split, label_column=None)
+    return {
+        row: StoredImage(partial(dataset.sources.__getitem__, index), f"{dataset.digest} {index}")
+        for index, row in enumerate(row_names(dataset))
+    }
+
+
+def _listed(inputs: Sequence[str]) -> list[str]:
+    """The inputs, with each list in place of its name; a file of that very name is that file.
+
+    Raises:
+        ValueError: a list that cannot be read, or names nothing.
+    """
+    given: list[str] = []
+    for name in inputs:
+        if os.path.exists(name) or (name != "-" and not name.startswith("@")):
+            given.append(name)
+            continue
+        if name == "-":
+            if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+                raise ValueError("several processes cannot share standard input; name a list as @FILE")
+            data = sys.stdin.buffer.read()
+        else:
+            try:
+                data = Path(name[1:]).read_bytes()
+            except OSError as error:
+                raise ValueError(f"{name}: the list {name[1:]} cannot be read ({error.strerror})") from error
+        data = data.removeprefix(b"\xef\xbb\xbf")
+        lines = data.split(b"\0") if b"\0" in data else data.splitlines()
+        if not (found := [os.fsdecode(line) for line in lines if line.strip()]):
+            raise ValueError(f"{name}: the list names no images")
+        given += found
+    return given
+
+
+def _is_data_set(name: str) -> bool:
+    """Whether this leads to rows; a folder with pictures in it is a folder of pictures, whatever else it holds."""
+    from bigbigan.listing import has_images
+    from bigbigan.training.paths import holds_rows
+
+    path = Path(name)
+    if path.is_dir():
+        return holds_rows(name) and not has_images(path)
+    return (
+        name.startswith("hf:")
+        or (path.suffix == ".parquet" and path.is_file())
+        or (not path.exists() and "?" in name and holds_rows(name))
+    )

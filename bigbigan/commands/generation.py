@@ -19,6 +19,7 @@ from bigbigan.commands.options import (
     set_threads,
 )
 from bigbigan.commands.records import DATA, ENDING, add_record_option, add_workers_option, make_record, print_record
+from bigbigan.commands.sample_record import preprocessing_of
 from bigbigan.outputs import STATISTICS
 
 if TYPE_CHECKING:
@@ -38,7 +39,8 @@ def add_generation(protocols: Commands) -> None:
         "FID, KID and Inception Score of samples, or the same in another network\n\n"
         "Samples are drawn by --model, or come from --samples: a folder, Parquet, or uint8 [N, S, S, C] in .npz or\n"
         ".npy, from any generator. Reference images are read as --model reads them, and pooled to its samples' size;\n"
-        "beside --samples without --model, their largest centre square is scaled to the size of the samples.\n\n"
+        "beside --samples without --model, as the model of `bigbigan generate -o FOLDER/` reads them; of other\n"
+        "samples their largest centre square is scaled to the size of the samples, which a warning says.\n\n"
         "Networks: inception   torch-fidelity's; only its figures are FID, KID and Inception Score\n"
         "          model:NAME  avepool_feat of a model's encoder; no classes, so no classifier score\n"
         "          FILE.py:F   the FeatureNetwork that F() returns; this runs FILE.py, as `python FILE.py` would\n"
@@ -105,12 +107,13 @@ def _generation(arguments: argparse.Namespace) -> int:
     options: dict[str, Any] = {"keep": keep, "seed": arguments.seed, "progress": not arguments.quiet}
     reference: Features | None = None
     dataset: ImageDataset | None = None
+    prepared = "as the statistics say"
     if arguments.statistics:
         statistics = FeatureStatistics.load(Path(arguments.statistics), network)
         if samples.side != (side := statistics.images.get("resolution", samples.side)):
             logger.warning("samples have %d pixels, the images of %s %d", samples.side, arguments.statistics, side)
     else:
-        dataset, images = _reference(arguments, samples, model)
+        dataset, images, prepared = _reference(arguments, samples, model)
         _check_number("reference images", images.count, arguments)
         reference = collect_features(images.batches(), images.count, network, images=images.facts, **options)
         statistics = reference.statistics
@@ -137,7 +140,9 @@ def _generation(arguments: argparse.Namespace) -> int:
     }
     facts = {"digest": statistics.images.get("digest"), "images": statistics.count}
     record = make_record(None if arguments.samples else model, protocol, results=[row], reference=dataset or facts)
+    record["data"]["reference"]["preprocessing"] = prepared  # not in the protocol: it tells which may be compared
     shown = [(key, value) for key, value in (row | protocol).items() if key != "name" and not key.endswith("_digest")]
+    shown.append(("reference images", prepared))
     print_record(arguments, ("Measure", "Value"), [(key, _text(value)) for key, value in shown], record)
     return 0
 
@@ -220,22 +225,25 @@ def _call(script: str, function: str) -> Any:
 
 def _reference(
     arguments: argparse.Namespace, samples: ImageSet, model: BigBiGAN | None
-) -> tuple[ImageDataset, ImageSet]:
+) -> tuple[ImageDataset, ImageSet, str]:
+    """The data set, its images as they are compared, and how they are prepared in words."""
     from dataclasses import replace
 
-    from bigbigan.config import PreprocessConfig
     from bigbigan.schema import to_dict
     from bigbigan.training.sources import open_dataset
     from bigbigan.workers import default_workers
 
     dataset = open_dataset(arguments.data, split=arguments.split)
-    preprocess = model.config.preprocess if model else PreprocessConfig(samples.side)
+    if model:
+        preprocess, why = model.config.preprocess, f"as {model.info.name or 'the model'} reads them"
+    else:
+        preprocess, why = preprocessing_of(arguments.samples, samples.side)
     workers = arguments.workers or default_workers()
     images = dataset_images(dataset, preprocess, samples.channels, samples.side, workers=workers)
     facts = {"split": arguments.split, "digest": dataset.digest, **to_dict(preprocess), "resolution": samples.side}
     if (factor := preprocess.resolution // samples.side) > 1:
         facts["pooling"] = f"mean of {factor} x {factor} pixels"
-    return dataset, replace(images, facts=facts)
+    return dataset, replace(images, facts=facts), why
 
 
 def _check_number(what: str, number: int, arguments: argparse.Namespace) -> None:

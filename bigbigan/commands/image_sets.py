@@ -24,7 +24,6 @@ logger = logging.getLogger(__name__)
 
 BATCH = 64
 ARRAYS = (".npz", ".npy")
-GREY = ("1", "L", "LA", "La", "I;16", "I;16L", "I;16B", "I;16N")  # Pillow's modes
 MIXED = "{} is in colour, and the first image, {}, in grey; store all in colour, or all in grey"
 
 
@@ -161,8 +160,10 @@ def _files(path: str) -> _Stored:
 
     from bigbigan.config import PreprocessConfig
     from bigbigan.images import FORMATS, list_images, read_image
+    from bigbigan.training.decoding import GREY
     from bigbigan.training.folders import open_folder
-    from bigbigan.training.sources import described, holds_rows, open_dataset
+    from bigbigan.training.paths import holds_rows
+    from bigbigan.training.sources import described, open_dataset
 
     folder = Path(path)
     if folder.is_dir() and not holds_rows(folder):  # whole: "train" is a class like any other here

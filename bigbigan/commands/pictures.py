@@ -19,7 +19,8 @@ from bigbigan.commands.options import (
     open_model,
     positive,
 )
-from bigbigan.outputs import PICTURE, claim, claim_pictures
+from bigbigan.commands.sample_record import NAME, write_record
+from bigbigan.outputs import PICTURE, SAMPLES, check_output, claim, claim_pictures
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -138,6 +139,7 @@ def _generate(arguments: argparse.Namespace) -> int:
     if arguments.name and arguments.model:
         raise ValueError(f"MODEL is {arguments.name} and --model is {arguments.model}; give one of them")
     if single:
+        check_output(output / NAME, SAMPLES)
         with claim_pictures(output, overwrite=arguments.overwrite) as earlier:
             return _draw(arguments, output, earlier)
     with claim(output, PICTURE):
@@ -166,6 +168,8 @@ def _draw(arguments: argparse.Namespace, output: Path, earlier: list[Path] | Non
             continue
         while earlier:  # the first new images are there: the old ones go before the two can mix
             earlier.pop().unlink()
+        if start == 0:
+            write_record(output, model)
         for index, image in enumerate(images, start):
             save_image(make_grid(image[None], scale=arguments.scale or 1), output / f"{index:06d}.png")
     if drawn:

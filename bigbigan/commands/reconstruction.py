@@ -141,7 +141,7 @@ def _given(arguments: argparse.Namespace, test: ImageDataset) -> _Reconstructor:
     import torch
 
     from bigbigan.commands.pairing import row_names, row_order
-    from bigbigan.config import PreprocessConfig
+    from bigbigan.commands.sample_record import preprocessing_of
     from bigbigan.evaluation.feature_files import feature_names
 
     path = Path(arguments.reconstructions)
@@ -158,7 +158,8 @@ def _given(arguments: argparse.Namespace, test: ImageDataset) -> _Reconstructor:
     digest = hashlib.sha256(repr(again.shape).encode() + again.contiguous().numpy().data).hexdigest()
     labels = {"reconstructor": path.name, "reconstructions_digest": digest}
     if model is None:
-        return _Reconstructor(labels, None, again, PreprocessConfig(side), channels, side)
+        preprocess, _ = preprocessing_of(str(path), side)
+        return _Reconstructor(labels, None, again, preprocess, channels, side)
     if model.config.image_channels != channels:
         wanted = model.config.image_channels
         raise ValueError(f"{path} holds images of {channels} channels and --model takes {wanted}; leave --model out")

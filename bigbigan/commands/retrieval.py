@@ -190,7 +190,8 @@ def _stored(arguments: argparse.Namespace, model: BigBiGAN) -> _Images:
     from bigbigan.evaluation.feature_files import feature_names, file_digest, read_features
     from bigbigan.evaluation.retrieval import labels_of
     from bigbigan.evaluation.rows import select
-    from bigbigan.training.sources import holds_rows, open_dataset
+    from bigbigan.training.paths import holds_rows
+    from bigbigan.training.sources import open_dataset
 
     path, root = Path(arguments.features), Path(arguments.data)
     features = read_features(path, prefer=[arguments.feature])

@@ -36,7 +36,7 @@ from bigbigan.evaluation.pieces import (
 )
 from bigbigan.files import atomic_write, file_name, remove_own, sync
 from bigbigan.fused import FusedPart
-from bigbigan.images import BadImageError, list_images, preprocess
+from bigbigan.images import BadImageError, list_images, opened, preprocess
 from bigbigan.model import BigBiGAN, indexed_noise
 from bigbigan.outputs import FAILURES, FEATURES, check_output, claim
 from bigbigan.schema import to_dict
@@ -65,6 +65,19 @@ class EncodeReport:
     resumed: int
 
 
+@dataclass(frozen=True)
+class StoredImage:
+    """A picture in a data set, read when its turn comes.
+
+    Attributes:
+        read: its bytes, its file, or None where the row has no picture.
+        identity: what tells it from any other.
+    """
+
+    read: Callable[[], bytes | Path | None]
+    identity: str
+
+
 def find_images(inputs: Sequence[str | os.PathLike[str]]) -> dict[str, Path]:
     """Image files by the names that they get in an output (`bigbigan.files.file_name`), sorted by name.
 
@@ -90,7 +103,7 @@ def find_images(inputs: Sequence[str | os.PathLike[str]]) -> dict[str, Path]:
 
 def encode_files(
     model: BigBiGAN,
-    files: Mapping[str, Path],
+    files: Mapping[str, Path | StoredImage],
     output: str | os.PathLike[str],
     *,
     outputs: Sequence[str] = OUTPUTS,
@@ -102,7 +115,9 @@ def encode_files(
     progress: bool = False,
     **options: Any,
 ) -> EncodeReport:
-    """Writes the encoder outputs of image files (`find_images`) to one file, float32, a row a readable file.
+    """Writes the encoder outputs of pictures to one file, float32, a row for each that can be read.
+
+    Pictures are files, as by `find_images`, or rows of data sets.
 
     The suffix decides: `.npz` holds one array [N, D] an output and the names as `paths`; `.safetensors` the tensors,
     and the names as a JSON list in the metadata's `paths`; `.parquet` a column `path` and a list column an output.
@@ -133,8 +148,9 @@ def encode_files(
         output = Path(os.path.realpath(output))
     with contextlib.ExitStack() as stack:
         if rank == 0:
-            stack.enter_context(claim(output, FEATURES, files.values()))
-            check_output(_beside(output, "failures.jsonl"), FAILURES, files.values())
+            paths = [path for path in files.values() if isinstance(path, Path)]
+            stack.enter_context(claim(output, FEATURES, paths))
+            check_output(_beside(output, "failures.jsonl"), FAILURES, paths)
         names, work = list(files), _beside(output, "partial")
         write = feature_writer(output, names)
         wanted = BatchEncoder(model, outputs, batch_size, seed).widths
@@ -235,9 +251,11 @@ def _rows(pieces: Sequence[Piece], dtype: torch.dtype, seed: int, name: str) -> 
 Read = Tensor | str  # [1, C, S, S], or why there is none
 
 
-def _read(config: PreprocessConfig, channels: int, options: dict[str, Any], path: Path) -> Read:
+def _read(config: PreprocessConfig, channels: int, options: dict[str, Any], source: Path | bytes | None) -> Read:
+    if source is None:
+        return "the row has no picture"
     try:
-        return preprocess(path, config, channels, **options)
+        return preprocess(opened(source) if isinstance(source, bytes) else source, config, channels, **options)
     except BadImageError as error:
         return error.reason
 
@@ -249,15 +267,20 @@ def _workers(workers: int | None, files: int, model: BigBiGAN) -> int:
     return min(wanted, files // (2 * _CHUNK))  # starting one takes as long as reading a few images
 
 
-def _read_ahead(read: Callable[[Path], Read], paths: Sequence[Path], workers: int, ahead: int) -> Iterator[Read]:
-    """`read` of each file, in order, about `ahead` of them waiting to be taken."""
-    chunks = (paths[start : start + _CHUNK] for start in range(0, len(paths), _CHUNK))
+def _read_ahead(
+    read: Callable[[Any], Read], images: Sequence[Path | StoredImage], workers: int, ahead: int
+) -> Iterator[Read]:
+    """`read` of each picture, in order, about `ahead` of them waiting to be taken; rows are fetched in this process."""
+    chunks = (
+        [image.read() if isinstance(image, StoredImage) else image for image in images[start : start + _CHUNK]]
+        for start in range(0, len(images), _CHUNK)
+    )
     ahead = max(2, -(-ahead // (_CHUNK * max(workers, 1))))
     return itertools.chain.from_iterable(run_jobs(partial(_read_all, read), chunks, workers, ahead=ahead))
 
 
-def _read_all(read: Callable[[Path], Read], paths: Sequence[Path]) -> list[Read]:
-    return list(map(read, paths))
+def _read_all(read: Callable[[Any], Read], sources: Sequence[Any]) -> list[Read]:
+    return list(map(read, sources))
 
 
 def _encode_pieces(
@@ -307,10 +330,13 @@ def _write_failures(path: Path, failed: list[tuple[str, str]]) -> None:
         temporary.write_text("".join(lines), encoding="utf-8")
 
 
-def _listing_digest(files: Mapping[str, Path]) -> str:
+def _listing_digest(files: Mapping[str, Path | StoredImage]) -> str:
     """sha256 over names, sizes and times."""
     sha256 = hashlib.sha256()
     for name, path in files.items():
+        if isinstance(path, StoredImage):
+            sha256.update(json.dumps([name, path.identity]).encode())
+            continue
         try:
             status = path.stat()
         except OSError:  # reading it will tell why

@@ -188,7 +188,10 @@ def figure_names(network: str) -> dict[str, str]:
 
 
 def frechet_distance(samples: FeatureStatistics, reference: FeatureStatistics) -> float:
-    """|mean - mean'|^2 + tr(C + C' - 2 (C C')^(1/2)).
+    """|mean - mean'|^2 + tr(C + C' - 2 (C C')^(1/2)), which is never negative: it is a squared distance of Gaussians.
+
+    The root is computed from eigenvalues, whose rounding errors, about 1e-16 of the traces before the root is taken,
+    can leave identical sets at -1e-6; such a value is given as 0.
 
     Raises:
         ValueError: statistics of two networks.
@@ -214,7 +217,12 @@ def frechet_distance(samples: FeatureStatistics, reference: FeatureStatistics) -
         states["num_samples"].fill_(side.count)
     metric.orig_dtype = torch.float64  # otherwise set by `update`: the dtype of the result
     with _seeded(0):
-        return float(metric.compute())
+        return _at_least(float(metric.compute()), 0.0)
+
+
+def _at_least(value: float, bound: float) -> float:
+    """What rounding took below a bound that holds for exact values; NaN stays."""
+    return bound if value < bound else value
 
 
 def kernel_distance(
@@ -258,7 +266,8 @@ def classifier_score(logits: Tensor, *, splits: int = 10, seed: int = 0) -> tupl
     with _seeded(seed):
         mean, deviation = metric.compute()
     # torchmetrics divides by splits - 1; Inception Scores have been quoted with NumPy's deviation.
-    return float(mean), None if splits == 1 else float(deviation) * ((splits - 1) / splits) ** 0.5
+    mean = _at_least(float(mean), 1.0)  # exp of a divergence, which is never negative
+    return mean, None if splits == 1 else float(deviation) * ((splits - 1) / splits) ** 0.5
 
 
 def check_splits(count: int, splits: int) -> None:

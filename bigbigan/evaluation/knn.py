@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from bigbigan.arrays import as_tensor
-from bigbigan.evaluation.rows import Rows, as_rows, chunks, column_mean
+from bigbigan.arrays import as_tensor, seeded
+from bigbigan.evaluation.rows import Rows, as_rows, chunks, column_mean, select
 
 METRICS = ("l2", "cosine")
 CHUNK = 4096  # rows of either side at a time
@@ -79,9 +79,10 @@ def nearest(
 ) -> tuple[Tensor, Tensor]:
     """Distances [M, k], nearest first, and indices [M, k] of the rows [N, D] that are nearest to the queries [M, D].
 
-    By Euclidean distance or 1 - cos, computed in float64; of equal distances the lower index comes first. The float32
-    search before that drops only rows that a bound of its rounding errors rules out. Queries where it cannot are
-    searched again in float64, whose rounding may decide between more than `SPARE` rows that are all but as near.
+    By Euclidean distance or 1 - cos, computed in float64; of equal distances the lower index comes first, also of rows
+    that are equal or, by cosine, proportional, however many. The float32 search before that drops only rows that a
+    bound of its rounding errors rules out. Queries where it cannot are searched again in float64, whose rounding may
+    decide between more than `SPARE` different rows that are all but as near.
 
     Raises:
         ValueError: shapes or metric do not fit, values are not finite, or a row of zeros has no angle.
@@ -93,6 +94,10 @@ def nearest(
         raise ValueError(f"rows are {list(rows.shape)}, queries {list(queries.shape)}, k is {k}; they do not fit")
     if torch.device(device).type == "mps":
         device = "cpu"  # the other has no float64
+    kept = _without_further_copies(rows, k, metric)
+    if kept is not None:
+        distance, index = nearest(select(rows, kept), queries, k, metric=metric, device=device, progress=progress)
+        return distance, kept[index]
     center: Tensor | float = 0.0
     if metric == "l2":
         # Keeps |a|^2 + |b|^2 - 2 a.b from cancelling; of few bits, so that equal distances of plain numbers stay equal.
@@ -184,7 +189,7 @@ def _ranked(queries: Tensor, rows: Rows, index: Tensor, metric: str) -> tuple[Te
         some = some.double()
         near = rows[wanted.flatten().cpu()].to(queries.device).double().view(*wanted.shape, -1)
         if metric == "cosine":
-            near, some = near / near.norm(dim=2, keepdim=True), some / some.norm(dim=1, keepdim=True)
+            near, some = _direction(near), _direction(some)
         torch.linalg.vector_norm(near.sub_(some[:, None]), dim=2, out=out)
     distance, order = distances.sort(dim=1, stable=True)
     return distance, index.gather(1, order)
@@ -200,4 +205,47 @@ def _prepared(x: Tensor, *, center: Tensor | float, metric: str, device: str | t
         return x, squares
     if (squares == 0).any():
         raise ValueError("a row of zeros has no angle; use the metric l2")
-    return x.div_(squares.sqrt()[:, None]), torch.ones_like(squares)
+    return _direction(x), torch.ones_like(squares)
+
+
+def _scaled(x: Tensor) -> Tensor:
+    """Rows over their largest magnitude: since division rounds correctly, proportional rows become exactly equal."""
+    return x / x.abs().amax(-1, keepdim=True)
+
+
+def _direction(x: Tensor) -> Tensor:
+    """Rows of length 1."""
+    x = _scaled(x)
+    return x / x.norm(dim=-1, keepdim=True)
+
+
+def _without_further_copies(rows: Rows, k: int, metric: str) -> Tensor | None:
+    """Numbers of the rows without those that have k equal (by cosine: proportional) ones before them; None: all.
+
+    None of those left out can be among the k nearest, since k of lower index are as near. Equality is found by a hash
+    and then checked.
+    """
+    if len(rows) <= k + SPARE:  # all of them are ranked
+        return None
+    multipliers = torch.randint(-(2**62), 2**62, (rows.shape[1],), generator=seeded(0)) | 1
+
+    def canonical(x: Tensor) -> Tensor:
+        x = x.cpu().double()
+        return (_scaled(x) if metric == "cosine" else x) + 0.0  # -0.0 becomes 0.0
+
+    def hashed(x: Tensor) -> Tensor:
+        bits = canonical(x).view(torch.int64)
+        return ((bits ^ (bits >> 29)) * multipliers).sum(1)
+
+    keys = torch.cat([hashed(chunk) for chunk in chunks(rows)])
+    keys, order = keys.sort(stable=True)
+    later = (keys[k:] == keys[:-k]).nonzero().flatten() + k  # has k of its key before it
+    if not len(later):
+        return None
+    drop = torch.zeros(len(rows), dtype=torch.bool)
+    first = torch.searchsorted(keys, keys[later])
+    step = _chunk(rows.shape[1])
+    for some, one in zip(order[later].split(step), order[first].split(step), strict=True):
+        drop[some] = (canonical(rows[some]) == canonical(rows[one])).all(1)
+    kept = (~drop).nonzero().flatten()
+    return kept if len(kept) < len(rows) else None

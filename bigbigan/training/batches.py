@@ -53,6 +53,7 @@ class Images:
         self.workers = default_workers() if workers is None else workers
         self.stream = data if isinstance(data, ImageStream) else None
         self.indexed = data.head(head) if isinstance(data, ImageStream) else data
+        self.indexed.tell_channels(channels)
         if in_memory is None:
             in_memory = not self.augmentation.original and self.indexed.decoded_bytes(config, channels) <= max_bytes
         self.decoded: Tensor | None = None

@@ -14,9 +14,10 @@ from PIL import Image
 from torch import Tensor
 
 from bigbigan.config import PreprocessConfig
-from bigbigan.images import FORMATS, WHITE, BadImageError, preprocess, read_image
+from bigbigan.images import FORMATS, WHITE, BadImageError, opened, preprocess, read_image
 from bigbigan.training.augment import NUM_CROP_DRAWS, AugmentationConfig, crop_box, uniform
 
+GREY = ("1", "L", "LA", "La", "I;16", "I;16L", "I;16B", "I;16N")  # Pillow's modes
 Source = Path | bytes | None  # a file, an encoded image, or a row without one
 
 
@@ -96,14 +97,14 @@ class Decoder:
         """
         if source is None:
             raise BadImageError(None, "the row has no image bytes")
-        picture: Any = _opened(source) if isinstance(source, bytes) else source
+        picture: Any = opened(source) if isinstance(source, bytes) else source
         if draws is None:
-            return _to_uint8(preprocess(picture, self.config, self.channels))
+            return _to_uint8(preprocess(picture, self.config, self.channels, tell_colour=False))
         background = (0, 0, 0) if self.config.polarity == "light-on-dark" else WHITE
         picture = read_image(picture, background=background)
         box = crop_box(picture.size, draws, self.augmentation)
         if box is None:
-            pixels = _to_uint8(preprocess(picture, self.config, self.channels, crop="resnet"))
+            pixels = _to_uint8(preprocess(picture, self.config, self.channels, crop="resnet", tell_colour=False))
         else:
             size, pad, scale = self.config.size, self.config.pad, Image.Resampling[self.augmentation.filter.upper()]
             picture = picture.crop(box).resize((size, size), scale)  # cut first: the filter sees nothing outside
@@ -116,8 +117,16 @@ def _to_uint8(images: Tensor) -> np.ndarray:
     return images[0].add(1).mul(127.5).round().byte().numpy()  # rounding undoes the map to [-1, 1] exactly
 
 
-def _opened(data: bytes) -> Image.Image:
-    try:
-        return Image.open(io.BytesIO(data), formats=FORMATS)
-    except Exception as error:  # what damaged files raise in Pillow is an open set
-        raise BadImageError(None, f"cannot be decoded ({type(error).__name__}: {error})") from error
+def in_colour(sources: Sequence[Source], numbers: Sequence[int]) -> list[bool]:
+    """Of those of the numbered pictures whose header can be read, whether they are in colour."""
+    found = []
+    for number in numbers:
+        source = sources[number]
+        if source is None or (isinstance(source, Path) and not source.is_file()):
+            continue
+        try:
+            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as picture:
+                found.append(picture.mode not in GREY)
+        except Exception:  # as open a set as in `opened`; decoding it will tell why
+            continue
+    return found

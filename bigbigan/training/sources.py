@@ -18,8 +18,9 @@ from tqdm import tqdm
 
 from bigbigan.config import PreprocessConfig
 from bigbigan.images import list_images
-from bigbigan.training.decoding import Decoded, Decoder, Job, Source
+from bigbigan.training.decoding import Decoded, Decoder, Job, Source, in_colour
 from bigbigan.training.labels import Naming
+from bigbigan.training.paths import split_options
 from bigbigan.training.splits import (
     check_no_splits,
     classes_beside,
@@ -37,8 +38,8 @@ if TYPE_CHECKING:
     from bigbigan.training.streaming import ImageStream
 
 MAX_BYTES = 8 << 30  # of encoded files, and of decoded images, held in memory
+LOOKED_AT = 32  # images whose header tells whether a set is in colour
 CHUNK = 64  # images that one worker decodes at a time, outside training
-OPTIONS = ("column", "label", "max_bad_fraction")
 
 logger = logging.getLogger(__name__)
 
@@ -100,6 +101,7 @@ class ImageDataset:
         self.naming, self.stored_paths = naming, stored_paths
         self.sources, self.max_bad = sources, max_bad_fraction * len(sources)
         self._unreadable, self.name = UnreadableImages(max_bad_fraction), name
+        self._told = set[int]()
 
     def __len__(self) -> int:
         return len(self.sources)
@@ -108,7 +110,23 @@ class ImageDataset:
     def bad(self) -> dict[int, str]:
         return self._unreadable.reasons
 
+    def tell_channels(self, channels: int) -> None:
+        """Says once if pictures in colour become grey, or all are grey where colour is taken; a few are looked at."""
+        if channels in self._told or os.environ.get("RANK", "0") != "0":
+            return
+        self._told.add(channels)
+        looked = in_colour(self.sources, np.linspace(0, len(self) - 1, min(LOOKED_AT, len(self))).astype(int).tolist())
+        if channels == 1 and any(looked):
+            logger.warning(
+                "%d of %d images looked at are in colour, and the networks take grey images: colour is converted to "
+                "grey. Recipes and models for colour have image_channels 3, such as bigbigan-cifar10-32",
+                *(sum(looked), len(looked)),
+            )
+        elif channels == 3 and looked and not any(looked):
+            logger.info("the images are grey, and the networks take colour: grey is repeated in three channels")
+
     def decoder(self, config: PreprocessConfig, channels: int, **options: Any) -> Decoder:
+        self.tell_channels(channels)
         return Decoder(self.sources, config, channels, self.max_bad, bad=dict(self.bad), **options)
 
     def accept(self, decoded: Decoded) -> Tensor:
@@ -139,13 +157,13 @@ class ImageDataset:
         return self._select(numbers, hashlib.sha256(numbers.astype("<i8").tobytes()).hexdigest())
 
     def _select(self, numbers: range | np.ndarray, what: str) -> ImageDataset:
-        name, stored_paths = self.name, self.stored_paths
+        name, stored_paths, told = self.name, self.stored_paths, self._told
 
         def paths() -> list[str] | None:
             found = stored_paths()
             return None if found is None else [found[int(number)] for number in numbers]
 
-        return ImageDataset(
+        part = ImageDataset(
             _Part(self.sources, numbers),
             self.labels[torch.as_tensor(np.asarray(numbers))],
             self.class_names,
@@ -156,6 +174,8 @@ class ImageDataset:
             stored_paths=paths,
             max_bad_fraction=self.max_bad / len(self),
         )
+        part._told = told
+        return part
 
     def uint8(self, index: int, config: PreprocessConfig, channels: int) -> np.ndarray:
         """One image [C, S, S] under evaluation preprocessing; an unreadable one is replaced with a warning.
@@ -350,20 +370,6 @@ def _no_split(path: Path, split: str) -> str:
     return f"{text}; there is {', '.join(there[:8])}: name one of these as the split" if there else text
 
 
-def holds_rows(path: str | Path) -> bool:
-    """Whether a path given as data leads to rows, in Parquet or "hf:…", and not to image files.
-
-    Raises:
-        ValueError: as `split_options`.
-    """
-    if str(path).startswith("hf:"):
-        return True
-    folder = Path(split_options(str(path))[0])
-    if not folder.is_dir():
-        return folder.suffix == ".parquet" and folder.is_file()
-    return bool(parquet_files(folder)) or any(parquet_files(inner) for inner in subfolders(folder))
-
-
 def described(data: ImageDataset | ImageStream, where: str, split: str, splits: Sequence[str] = ()) -> str:
     """What a set holds, in one line: images, classes with the first names, splits."""
     if isinstance(data, ImageDataset):
@@ -385,32 +391,3 @@ def described(data: ImageDataset | ImageStream, where: str, split: str, splits: 
 
 def _counted(number: int, thing: str) -> str:
     return f"{number:,} {thing}{'' if number == 1 else 'es' if thing.endswith('s') else 's'}"
-
-
-def split_options(spec: str, known: Sequence[str] = OPTIONS) -> tuple[str, dict[str, Any]]:
-    """`NAME?option=value&…` as name and options, literally; a file or folder of that very name has none.
-
-    Raises:
-        ValueError: an unknown option, one without a value or given twice; or `max_bad_fraction` is not from 0 to 1.
-    """
-    if os.path.exists(spec):
-        return spec, {}
-    name, _, query = spec.partition("?")
-    options: dict[str, Any] = {}
-    for pair in filter(None, query.split("&")):
-        key, equals, value = pair.partition("=")
-        if key not in known or not equals or key in options:
-            raise ValueError(
-                f"{spec!r} is not there, and as NAME?option=value&… it has no option {pair!r}, or has it twice; "
-                f"options are {', '.join(known)}"
-            )
-        options[key] = value
-    if "max_bad_fraction" in options:
-        fraction = options["max_bad_fraction"]
-        try:
-            options["max_bad_fraction"] = float(fraction)
-        except ValueError:
-            options["max_bad_fraction"] = math.nan
-        if not 0 <= options["max_bad_fraction"] <= 1:
-            raise ValueError(f"{spec}: max_bad_fraction is {fraction!r}; give a number from 0 to 1")
-    return name, options
