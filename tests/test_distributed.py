@@ -21,11 +21,11 @@ from PIL import Image
 from pyarrow import parquet
 from safetensors.torch import load_file
 
+from bigbigan.data.augment import AugmentationConfig
+from bigbigan.data.opening import open_dataset
 from bigbigan.presets import PRESETS
 from bigbigan.training import loop
-from bigbigan.training.augment import AugmentationConfig
 from bigbigan.training.config import TrainConfig
-from bigbigan.training.data import open_dataset
 from bigbigan.training.distributed import Processes
 from bigbigan.training.recipes import RECIPES
 from bigbigan.training.step import Batch
@@ -78,7 +78,7 @@ import torch
 import torch.distributed as dist
 torch.set_num_threads(1)
 sys.path.insert(0, sys.argv[2])
-from bigbigan.training.data import open_training_data
+from bigbigan.data.opening import open_training_data
 from test_distributed import CONFIGS, loop
 runs, build = [], loop.Run.__init__
 def remember(self, *arguments, **options):

@@ -22,13 +22,13 @@ from torch import Tensor, nn
 
 import bigbigan
 from bigbigan import files
+from bigbigan.data.opening import open_dataset
 from bigbigan.discriminator import DiscriminatorOutput
 from bigbigan.layers import SpectralNorm, advance_spectral_norm
 from bigbigan.presets import PRESETS
 from bigbigan.schema import ConfigError
 from bigbigan.training import loop, runfolder
 from bigbigan.training.config import TrainConfig
-from bigbigan.training.data import open_dataset
 from bigbigan.training.ema import EMA
 from bigbigan.training.export import inference_model
 from bigbigan.training.latents import draw_latents

@@ -21,12 +21,12 @@ import torch
 from PIL import Image
 
 from bigbigan.cli import main
+from bigbigan.data.opening import open_dataset
 from bigbigan.presets import PRESETS
 from bigbigan.schema import ConfigError, to_dict
 from bigbigan.training import checkpoint, cost, loop, runfolder
 from bigbigan.training.checkpoint import CheckpointError, load_checkpoint
 from bigbigan.training.config import TrainConfig
-from bigbigan.training.data import open_dataset
 from bigbigan.training.distributed import Processes
 from bigbigan.training.monitor import Monitor
 

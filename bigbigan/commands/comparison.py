@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from bigbigan.config import PreprocessConfig
+    from bigbigan.data.dataset import ImageDataset
     from bigbigan.evaluation.representations import Representation
     from bigbigan.evaluation.rows import Rows
     from bigbigan.model import BigBiGAN
-    from bigbigan.training.data import ImageDataset
 
 STANDING_PASSES, STANDING_BATCH = 100, 64  # as in the training recipes
 MAX_DECODED = 1 << 30  # bytes of a split's decoded images that are kept; larger ones are decoded again when asked for
@@ -133,7 +133,7 @@ class Splits:
     """
 
     def __init__(self, arguments: argparse.Namespace) -> None:
-        from bigbigan.workers import default_workers
+        from bigbigan.data.workers import default_workers
 
         self.train = _open_labelled(arguments.data, arguments.train_split)
         self.test = _open_labelled(arguments.data, arguments.test_split)
@@ -190,7 +190,7 @@ def align_classes(dataset: ImageDataset, other: ImageDataset) -> None:
 
 
 def _open_labelled(path: str, split: str) -> ImageDataset:
-    from bigbigan.training.data import open_dataset
+    from bigbigan.data.opening import open_dataset
 
     dataset = open_dataset(path, split=split)
     unlabelled = (dataset.labels < 0).nonzero().flatten().tolist()
@@ -340,9 +340,9 @@ def _files(rest: str, arguments: argparse.Namespace, splits: Splits) -> Measured
 def _untrained(_: str, arguments: argparse.Namespace, model: BigBiGAN, splits: Splits) -> Iterator[Measured]:
     from bigbigan import create_model
     from bigbigan.config import MLPEncoderConfig
+    from bigbigan.data.batches import Images
     from bigbigan.evaluation.representations import model_features
     from bigbigan.layers import Initializer
-    from bigbigan.training.batches import Images
     from bigbigan.training.export import standing_statistics
 
     mlp = isinstance(model.config.encoder, MLPEncoderConfig)  # BiGAN on MNIST begins as its authors' does

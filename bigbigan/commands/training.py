@@ -244,12 +244,12 @@ def _train(arguments: argparse.Namespace) -> int:
     from torch.distributed.elastic.multiprocessing.errors import record
 
     from bigbigan import factory
+    from bigbigan.data.opening import open_training_data
     from bigbigan.schema import to_dict
     from bigbigan.training.cost import estimate
     from bigbigan.training.distributed import PeerError
     from bigbigan.training.loop import TrainingStopped, train
     from bigbigan.training.runfolder import has_checkpoint
-    from bigbigan.training.sources import open_training_data
     from bigbigan.training.tensorboard import require_tensorboard
 
     recipe, init = _recipe(arguments.recipe), None

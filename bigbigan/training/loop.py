@@ -10,18 +10,18 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from bigbigan.data.batches import Images
+from bigbigan.data.dataset import ImageDataset
+from bigbigan.data.streaming import ImageStream
 from bigbigan.model import BigBiGAN
 from bigbigan.schema import ConfigError
-from bigbigan.training.batches import Images
 from bigbigan.training.config import TrainConfig
 from bigbigan.training.distributed import Processes, join_processes
 from bigbigan.training.finetuning import load_model
 from bigbigan.training.runfolder import claim_run, describe, prepare, write_config
 from bigbigan.training.runstate import Run
 from bigbigan.training.signals import RESUME, Signals, TrainingStopped
-from bigbigan.training.sources import ImageDataset
 from bigbigan.training.step import train_step
-from bigbigan.training.streaming import ImageStream
 from bigbigan.training.tensorboard import TensorBoard
 
 __all__ = ["TrainingStopped", "check_split", "train"]

@@ -14,8 +14,8 @@ from torch import nn
 
 from bigbigan._version import __version__
 from bigbigan.config import ModelInfo
+from bigbigan.data.batches import Batches, Images
 from bigbigan.schema import ConfigError
-from bigbigan.training.batches import Batches, Images
 from bigbigan.training.checkpoint import (
     CheckpointError,
     load_checkpoint,

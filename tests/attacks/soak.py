@@ -23,8 +23,8 @@ from typing import Any
 
 import torch
 
+from bigbigan.data.opening import open_dataset
 from bigbigan.training import loop, runstate
-from bigbigan.training.data import open_dataset
 from tests.attacks.silent_resume import configuration
 from tests.attacks.training_run import BATCH, make_data
 

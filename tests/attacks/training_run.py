@@ -25,10 +25,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from bigbigan import cli
+from bigbigan.data.batches import Batches
 from bigbigan.presets import PRESETS
 from bigbigan.schema import to_dict
 from bigbigan.training import checkpoint, cost, loop, runstate
-from bigbigan.training.batches import Batches
 
 tqdm.get_lock()  # a semaphore, which a killed child would leave behind: theirs is that of the fork server
 ROOT = Path(__file__).parents[2]

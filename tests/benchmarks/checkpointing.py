@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from PIL import Image
 
+from bigbigan.data.opening import open_dataset
 from bigbigan.presets import EMBEDDED
 from bigbigan.training import loop, runstate
-from bigbigan.training.data import open_dataset
 from bigbigan.training.recipes import RECIPES
 
 
