@@ -12,12 +12,12 @@ from bigbigan.config import (
 )
 from bigbigan.discriminator import Discriminator, DiscriminatorOutput
 from bigbigan.encoder import Encoder, EncoderOutput
-from bigbigan.factory import create_model, list_models, reconstruct
+from bigbigan.factory import create_model, list_models, load, reconstruct
 from bigbigan.generator import Generator
-from bigbigan.hub import DownloadError, load
+from bigbigan.hub import DownloadError
 from bigbigan.images import BadImageError
+from bigbigan.integrity import WeightsError
 from bigbigan.model import BigBiGAN
-from bigbigan.modelfolder import WeightsError
 from bigbigan.schema import ConfigError
 
 __all__ = [

@@ -55,7 +55,7 @@ def crelu(h: Tensor) -> Tensor:
 class Encoder(nn.Module, Pretrained):
     """Features and latents of images. `spectral_norm=True` builds a training form that has it (the paper's has not)."""
 
-    part = "encoder"
+    part, config_class = "encoder", EncoderConfig
 
     def __init__(self, config: EncoderConfig, *, spectral_norm: bool = False):
         super().__init__()

@@ -37,7 +37,7 @@ class Generator(nn.Module, Pretrained):
     embedding; otherwise weights are plain and that vector's products are biases.
     """
 
-    part = "generator"
+    part, config_class = "generator", GeneratorConfig
 
     def __init__(self, config: GeneratorConfig, *, spectral_norm: bool = False):
         super().__init__()

@@ -9,23 +9,18 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from bigbigan import integrity, modelfolder
-from bigbigan.config import PARTS, select_parts
+from bigbigan.config import PARTS, BigBiGANConfig, ModelInfo, select_parts
 from bigbigan.integrity import WeightsError, cache_dir
-from bigbigan.model import BigBiGAN
 from bigbigan.modelcard import model_card
 from bigbigan.presets import EMBEDDED, PRESETS, HubEntry, get_preset, normalize
 from bigbigan.schema import ConfigError
-
-__all__ = ["DownloadError", "UploadError", "cache_dir", "has_weights", "load", "push_to_hub", "resolve"]
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +49,16 @@ class _Repository:
     local_files_only: bool
 
 
-def load(
+@dataclass(frozen=True)
+class Located:
+    """Where a model is."""
+
+    folder: Path
+    verify: bool  # its weights have still to be verified
+    remember: bool  # and that they were may be written down
+
+
+def locate(
     name: str | os.PathLike[str] | None = None,
     *,
     revision: str | None = None,
@@ -62,55 +66,19 @@ def load(
     token: str | bool | None = None,
     local_files_only: bool = False,
     parts: Sequence[str] | None = None,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype | str | None = None,
-    fuse: bool = False,
-    mmap: bool = True,
-) -> BigBiGAN:
-    """A model in eval mode; without a name the one inside the package.
-
-    `name` is, in this order: a folder with a model, the embedded model's name, a preset's (a local conversion, else a
-    repository), or "org/name" on the Hugging Face Hub, also "org/name@revision". `dtype` is torch's or a text such as
-    "float16"; by default weights keep their files' dtype. `cache_dir`, `token` and `local_files_only` go to the Hub's
-    client, which has settings of its own besides (HF_HOME, HF_HUB_OFFLINE, HF_ENDPOINT, HF_TOKEN). With `fuse` the
-    model is in its fused form (`BigBiGAN.fuse`). Weights are memory-mapped unless `mmap` is false: do not change files
-    in place while a model from them is in use.
+) -> Located:
+    """The local folder that `load` reads; what comes from the Hub is downloaded and verified.
 
     Raises:
-        ValueError: for a name that means nothing, or a part that the model lacks.
-        FileNotFoundError: for a folder that does not exist, or a preset that is nowhere to be had.
-        DownloadError: if the Hub does not give a file.
-        ConfigError, WeightsError: if what is there is damaged or not a model.
+        ValueError, FileNotFoundError, DownloadError, ConfigError, WeightsError: as `bigbigan.load`.
     """
     folder, checked = _locate(name, _Repository("", revision, cache_dir, token, local_files_only), parts)
-    embedded = folder == _embedded()
-    return modelfolder.load_folder(
-        folder,
-        parts=parts,
-        device=device,
-        dtype=dtype,
-        verify=not checked,
-        remember=not embedded,
-        fuse=fuse,
-        mmap=mmap,
-    )
+    return Located(folder, not checked, folder != _embedded())
 
 
-def resolve(
-    name: str | os.PathLike[str] | None = None,
-    *,
-    revision: str | None = None,
-    cache_dir: str | os.PathLike[str] | None = None,
-    token: str | bool | None = None,
-    local_files_only: bool = False,
-    parts: Sequence[str] | None = None,
-) -> Path:
-    """The local folder that `load` would read; what comes from the Hub is downloaded and verified.
-
-    Raises:
-        ValueError, FileNotFoundError, DownloadError, ConfigError, WeightsError: as `load`.
-    """
-    return _locate(name, _Repository("", revision, cache_dir, token, local_files_only), parts)[0]
+def resolve(name: str | os.PathLike[str] | None = None, **options: Any) -> Path:
+    """The folder that `locate` finds."""
+    return locate(name, **options).folder
 
 
 def has_weights(name: str) -> bool:
@@ -284,8 +252,10 @@ def _advice(error: Exception, source: _Repository, filename: str) -> str:
 
 
 def push_to_hub(
-    model: BigBiGAN,
     repo_id: str,
+    config: BigBiGANConfig,
+    info: ModelInfo,
+    states: Mapping[str, modelfolder.State],
     *,
     token: str | bool | None = None,
     private: bool = False,
@@ -305,7 +275,7 @@ def push_to_hub(
     api = HfApi(token=token)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "model"
-        modelfolder.save_folder(model, folder, card=model_card(model, repo_id))
+        modelfolder.save_folder(folder, config, info, states, card=model_card(config, info, states, repo_id))
         names = sorted(path.name for path in folder.iterdir())
         try:
             url = str(api.create_repo(repo_id, private=private, exist_ok=True))

@@ -77,7 +77,7 @@ def flat(x: Tensor) -> Tensor:
 class MLPGenerator(nn.Module, Pretrained):
     """Draws images from latents, which enter both hidden layers."""
 
-    part = "generator"
+    part, config_class = "generator", MLPGeneratorConfig
 
     def __init__(self, config: MLPGeneratorConfig, *, spectral_norm: bool = False):
         super().__init__()
@@ -100,7 +100,7 @@ class MLPGenerator(nn.Module, Pretrained):
 class MLPEncoder(nn.Module, Pretrained):
     """Features and latents of images; avepool_feat is the last hidden layer, BiGAN's features on MNIST."""
 
-    part = "encoder"
+    part, config_class = "encoder", MLPEncoderConfig
 
     def __init__(self, config: MLPEncoderConfig, *, spectral_norm: bool = False):
         super().__init__()

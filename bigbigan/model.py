@@ -16,6 +16,7 @@ from numpy.typing import ArrayLike
 from PIL import Image
 from torch import Tensor, nn
 
+from bigbigan import hub, modelfolder
 from bigbigan import images as image_io
 from bigbigan.arrays import as_floats, as_seed, as_tensor, as_whole
 from bigbigan.config import (
@@ -35,6 +36,7 @@ from bigbigan.encoder import Encoder, EncoderOutput
 from bigbigan.fused import FusedPart, check_fusible, fuse
 from bigbigan.generator import Generator
 from bigbigan.images import ImageLike
+from bigbigan.integrity import WeightsError
 from bigbigan.mlp import MLPDiscriminator, MLPEncoder, MLPGenerator
 
 PART_CLASSES: dict[type, Callable[..., nn.Module]] = {  # by the class of a part's configuration
@@ -286,16 +288,37 @@ class BigBiGAN(nn.Module):
         return image_io.to_pil(images)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Writes a model folder that `load` reads; a failure leaves what was there before."""
-        from bigbigan.modelfolder import save_folder
+        """Writes a model folder that `load` reads; the same model gives the same bytes.
 
-        save_folder(self, folder)
+        Raises:
+            WeightsError: weights are not finite, of mixed or unsupported dtype, or not in the plain inference form.
+            ConfigError: the model's description does not fit into `config.json`.
+            FileExistsError: the folder holds anything but a model folder; it stays as it was.
+            OutputError: another process is writing it.
+        """
+        modelfolder.save_folder(folder, self.config, self.info, self.plain_states())
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
-        """Uploads the model folder with its card to the Hugging Face Hub (`bigbigan.hub.push_to_hub`); its address."""
-        from bigbigan.hub import push_to_hub
+        """Uploads the model folder with its card to the Hugging Face Hub; returns the repository's address.
 
-        return push_to_hub(self, repo_id, **options)
+        Options are those of `bigbigan.hub.push_to_hub`: token, private, commit_message, revision.
+        """
+        return hub.push_to_hub(repo_id, self.config, self.info, self.plain_states(), **options)
+
+    def plain_states(self) -> dict[str, dict[str, Tensor]]:
+        """The state dict of each part in its plain inference form.
+
+        Raises:
+            WeightsError: a part has another form: that of training, or of a wrapper.
+        """
+        states = {part: self.part(part).state_dict() for part in self.parts}
+        with torch.device("meta"):
+            plain = BigBiGAN(self.config, self.parts)
+        for part, state in states.items():
+            wanted = modelfolder.shapes_of(plain.part(part).state_dict())
+            if difference := modelfolder.difference_of(modelfolder.shapes_of(state), wanted):
+                raise WeightsError(f"the {part} is not in its plain inference form. {difference}")
+        return states
 
     def part(self, part: str) -> Any:
         """The network of that name.

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
-from bigbigan.config import BigBiGANConfig, DiscriminatorConfig
+from torch import Tensor
+
+from bigbigan.config import BigBiGANConfig, DiscriminatorConfig, ModelInfo
 from bigbigan.markdown import escape, one_line, table
-
-if TYPE_CHECKING:
-    from bigbigan.model import BigBiGAN
 
 USES = {
     "generator": "images = model.generate(8, seed=0)  # [8, C, S, S] in [-1, 1]",
@@ -20,27 +19,34 @@ USES = {
 }
 
 
-def model_card(model: BigBiGAN, where: str = "path/to/this/folder") -> str:
-    """Text of README.md; `where` is what `load` takes to get the model (a folder, or `org/name` on the Hub)."""
-    info = model.info
-    method, title, arxiv = _method(model.config)
+def model_card(
+    config: BigBiGANConfig,
+    info: ModelInfo,
+    states: Mapping[str, Mapping[str, Tensor]],
+    where: str = "path/to/this/folder",
+) -> str:
+    """Text of README.md for a model with the state dicts of these parts.
+
+    `where` is what `load` takes to get the model: a folder, or `org/name` on the Hub.
+    """
+    method, title, arxiv = _method(config)
     name = info.name or f"{method} model"
     code = [
         "from bigbigan import load",
         "",
         f"model = load({json.dumps(where)})",
-        *(USES[part] for part in model.parts),
+        *(USES[part] for part in states),
     ]
     parts = []
-    for part in model.parts:
-        tensors = list(getattr(model, part).state_dict().values())
+    for part, state in states.items():
+        tensors = list(state.values())
         size, numbers = sum(t.numel() * t.element_size() for t in tensors), sum(t.numel() for t in tensors)
         dtype = str(tensors[0].dtype).removeprefix("torch.")
         parts.append((f"`{part}.safetensors`", f"{numbers:,}", dtype, f"{size / 1e6:,.1f} MB"))
     sections = [
-        _metadata(model),
+        _metadata(info, states),
         f"# {escape(name)}",
-        f"{method} ({', '.join(model.parts)}) for the Python package `bigbigan`. The method is that of "
+        f"{method} ({', '.join(states)}) for the Python package `bigbigan`. The method is that of "
         f"[{title}](https://arxiv.org/abs/{arxiv}).",
         "```python\n" + "\n".join(code) + "\n```",
         _table(("File", "Values", "Type", "Size"), parts, ready=True),
@@ -67,15 +73,15 @@ def _method(config: BigBiGANConfig) -> tuple[str, str, str]:
     return "BigBiGAN", "Large Scale Adversarial Representation Learning", "1907.02544"
 
 
-def _metadata(model: BigBiGAN) -> str:
+def _metadata(info: ModelInfo, parts: Iterable[str]) -> str:
     task = {"generator": "unconditional-image-generation", "encoder": "image-feature-extraction"}
     lines = ["library_name: bigbigan"]
-    if model.info.license:
-        if re.fullmatch(r"[a-z0-9][a-z0-9.\-]*", model.info.license):
-            lines.append(f"license: {model.info.license}")
+    if info.license:
+        if re.fullmatch(r"[a-z0-9][a-z0-9.\-]*", info.license):
+            lines.append(f"license: {info.license}")
         else:  # the Hub knows licences by lower-case identifiers; a JSON string is a YAML string
-            lines += ["license: other", f"license_name: {json.dumps(one_line(model.info.license)[:80])}"]
-    if tasks := [task[part] for part in model.parts if part in task]:
+            lines += ["license: other", f"license_name: {json.dumps(one_line(info.license)[:80])}"]
+    if tasks := [task[part] for part in parts if part in task]:
         lines.append(f"pipeline_tag: {tasks[0]}")
     lines += ["tags:", "- bigbigan", "- gan", "- representation-learning"]
     return "\n".join(["---", *lines, "---"])

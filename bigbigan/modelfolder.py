@@ -1,4 +1,7 @@
-"""The model folder (`config.json`, a safetensors file a part, `README.md`): read strictly, written whole or not."""
+"""The model folder (`config.json`, one safetensors file per part, `README.md`): read strictly, written whole or not.
+
+It knows configurations and state dicts, but no network.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,19 +19,16 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from bigbigan.arrays import as_dtype
 from bigbigan.config import (
     MAX_CONFIG_BYTES,
     PARTS,
     BigBiGANConfig,
     ModelInfo,
     ordered_parts,
-    select_parts,
 )
 from bigbigan.files import TEMPORARY, OutputError, atomic_write, hold, sync
-from bigbigan.fused import fuse as fuse_part
 from bigbigan.integrity import (
     DTYPES,
     SHA256,
@@ -41,26 +41,16 @@ from bigbigan.integrity import (
     strict_json,
     verify_file,
 )
-from bigbigan.model import PART_CLASSES, BigBiGAN
 from bigbigan.modelcard import flatten, model_card
 from bigbigan.outputs import lock_beside
 from bigbigan.schema import ConfigError, from_dict, to_dict
-
-__all__ = [
-    "FileEntry",
-    "FolderConfig",
-    "WeightsError",
-    "claim_folder",
-    "load_folder",
-    "model_card",
-    "read_config",
-    "save_folder",
-]
 
 logger = logging.getLogger(__name__)
 
 CONFIG_NAME, CARD_NAME = "config.json", "README.md"
 FORMAT = "bigbigan-model/1"
+State = Mapping[str, Tensor]  # of one part
+Shapes = Mapping[str, tuple[int, ...]]
 # Regular expression of what a model folder holds, also while it is written.
 FOLDER_FILES = rf"\.?(config\.json|README\.md|({'|'.join(PARTS)})\.safetensors)({TEMPORARY})?"
 
@@ -159,55 +149,6 @@ def _parse_config(data: bytes, where: str) -> FolderConfig:
     return FolderConfig(ModelInfo(parsed.name, parsed.license, parsed.source, parsed.provenance), config, files)
 
 
-def load_folder(
-    folder: str | os.PathLike[str],
-    *,
-    parts: Sequence[str] | None = None,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype | str | None = None,
-    verify: bool = True,
-    remember: bool = True,
-    fuse: bool = False,
-    mmap: bool = True,
-) -> BigBiGAN:
-    """The model in a folder, in eval mode; with `fuse`, in the form of `BigBiGAN.fuse`.
-
-    Every load compares the files' headers with the architecture before it allocates anything; `verify` checks digests
-    and finite values as well, once a file (`remember=False`: each time, without a record in `integrity.cache_dir()`).
-    Weights keep the files' dtype unless `dtype` is given. They are memory-mapped: a file that is changed in place
-    changes the model, and one that is cut ends the process; `mmap=False` copies them into memory instead.
-
-    Raises:
-        FileNotFoundError, ConfigError: as `read_config`.
-        WeightsError: if a weight file is missing, damaged, or not one for this architecture.
-        ValueError: for a part that the folder does not have, or a dtype that is not a floating one.
-    """
-    dtype = as_dtype(dtype)
-    folder = Path(folder)
-    described = read_config(folder)
-    wanted = select_parts(parts, described.files, folder)
-    with torch.device("meta"):
-        model = BigBiGAN(described.config, wanted, described.info)
-    for part in wanted:
-        _check_file(folder, part, getattr(model, part), described.config)
-    if verify:
-        for part in wanted:
-            verify_part(folder, part, described.files[part], remember=remember)
-    for part in wanted:
-        network, path = getattr(model, part), folder / weight_file(part)
-        # Fusing replaces weights one by one: those of a mapped file would all stay in memory until the last.
-        state = read_tensors(path) if fuse or not mmap else load_file(path)
-        network.load_state_dict(state, strict=True, assign=True)
-        del state
-        network.to(device=device, dtype=dtype)
-        if dtype == torch.float16:  # its range ends at 65504
-            for name, tensor in network.state_dict().items():
-                check_finite(tensor, f"{name} as float16 (use torch.bfloat16)", path)
-        if fuse:
-            fuse_part(network.eval())
-    return model.eval()
-
-
 def verify_part(folder: Path, part: str, entry: FileEntry, *, remember: bool = True) -> None:
     """Digest, size and finite values of a part's file.
 
@@ -217,7 +158,12 @@ def verify_part(folder: Path, part: str, entry: FileEntry, *, remember: bool = T
     verify_file(folder / weight_file(part), entry.size, entry.sha256, remember=remember)
 
 
-def _check_file(folder: Path, part: str, network: nn.Module, config: BigBiGANConfig) -> None:
+def check_part(folder: Path, part: str, shapes: Shapes, config: BigBiGANConfig) -> None:
+    """Compares the header of a part's file with the names and shapes that its network has, and with its configuration.
+
+    Raises:
+        WeightsError: the file is missing, damaged, or not one for this architecture.
+    """
     path = folder / weight_file(part)
     if not path.exists():
         present = [other for other in PARTS if (folder / weight_file(other)).exists()]
@@ -226,7 +172,7 @@ def _check_file(folder: Path, part: str, network: nn.Module, config: BigBiGANCon
             "copy or download it, or load other parts"
         )
     header = read_header(path)
-    if difference := _difference(header.shapes, _shapes(network)):
+    if difference := difference_of(header.shapes, shapes):
         raise WeightsError(f"{path} does not fit the architecture. {difference}. {_cause(header, part, config)}")
     if len(header.dtypes) != 1:
         raise WeightsError(f"{path} mixes dtypes: {_names(header.dtypes)}")
@@ -234,15 +180,21 @@ def _check_file(folder: Path, part: str, network: nn.Module, config: BigBiGANCon
         raise WeightsError(f"{path} was saved with {changes}. Restore {CONFIG_NAME}, or save the model again")
 
 
-def _shapes(network: nn.Module) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+def read_state(folder: Path, part: str, *, mmap: bool = True) -> State:
+    """The tensors of a part's file, which `check_part` has checked: memory-mapped, or copied into memory."""
+    path = folder / weight_file(part)
+    return load_file(path) if mmap else read_tensors(path)
+
+
+def shapes_of(state: State) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
 
 def _names(dtypes: Iterable[torch.dtype]) -> str:
     return ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
 
 
-def _difference(found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]) -> str:
+def difference_of(found: Shapes, wanted: Shapes) -> str:
     """How two sets of keys and shapes differ, with the first five of each kind; empty if they do not."""
     misshaped = [name for name in wanted if name in found and found[name] != wanted[name]]
     kinds = {
@@ -305,33 +257,40 @@ def claim_folder(folder: str | os.PathLike[str]) -> Iterator[None]:
         yield
 
 
-def save_folder(model: BigBiGAN, folder: str | os.PathLike[str], *, card: str | None = None) -> None:
-    """Writes a model folder with the parts that the model has; `card` is the text of README.md.
+def save_folder(
+    folder: str | os.PathLike[str],
+    config: BigBiGANConfig,
+    info: ModelInfo,
+    states: Mapping[str, State],
+    *,
+    card: str | None = None,
+) -> None:
+    """Writes a model folder with the plain inference weights of some or all parts; `card` is the text of README.md.
 
     The folder is built beside its final place and put there at the end, so that an error leaves an earlier model as
     it was. The same model gives the same bytes.
 
     Raises:
-        WeightsError: if weights are not finite, of mixed or unsupported dtype, or not in the plain inference form.
+        WeightsError: if weights are not finite, or of mixed or unsupported dtype.
         ConfigError: if the model's description does not fit into `config.json`.
         FileExistsError: if the folder holds anything but a model folder.
         OutputError: if another process is writing it.
     """
     folder = Path(folder).resolve()
     with claim_folder(folder):
-        _save(model, folder, card)
+        for part, state in states.items():
+            _check_state(part, state)
+        _save(folder, config, info, states, model_card(config, info, states) if card is None else card)
 
 
-def _save(model: BigBiGAN, folder: Path, card: str | None) -> None:
-    states = {part: _plain_state(model, part) for part in model.parts}
+def _save(folder: Path, config: BigBiGANConfig, info: ModelInfo, states: Mapping[str, State], card: str) -> None:
     _recover(folder)
     _check_replaceable(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{folder.name[:100]}.", suffix=".tmp", dir=folder.parent))
     try:
-        files = {part: _write_weights(staging, part, state, model) for part, state in states.items()}
-        text = _config_text(model, files)
-        for name, content in ((CARD_NAME, model_card(model) if card is None else card), (CONFIG_NAME, text)):
+        files = {part: _write_weights(staging, part, state, config, info) for part, state in states.items()}
+        for name, content in ((CARD_NAME, card), (CONFIG_NAME, _config_text(config, info, files))):
             with atomic_write(staging / name) as temporary:
                 temporary.write_text(content, encoding="utf-8", newline="\n")
         _put(staging, folder)
@@ -340,27 +299,21 @@ def _save(model: BigBiGAN, folder: Path, card: str | None) -> None:
             shutil.rmtree(staging)
 
 
-def _plain_state(model: BigBiGAN, part: str) -> dict[str, Tensor]:
-    state, config = getattr(model, part).state_dict(), getattr(model.config, part)
-    with torch.device("meta"):
-        wanted = _shapes(PART_CLASSES[type(config)](config))
-    if difference := _difference({name: tuple(tensor.shape) for name, tensor in state.items()}, wanted):
-        raise WeightsError(f"the {part} is not in its plain inference form. {difference}")
+def _check_state(part: str, state: State) -> None:
     dtypes = {tensor.dtype for tensor in state.values()}
     if len(dtypes) != 1 or not dtypes <= set(DTYPES.values()):
         raise WeightsError(f"the {part} has weights of {_names(dtypes)}; cast it to one of {_names(DTYPES.values())}")
     for name, tensor in state.items():
         check_finite(tensor, name, part)
-    return {name: state[name] for name in sorted(state)}
 
 
-def _write_weights(folder: Path, part: str, state: dict[str, Tensor], model: BigBiGAN) -> FileEntry:
+def _write_weights(folder: Path, part: str, state: State, config: BigBiGANConfig, info: ModelInfo) -> FileEntry:
     """Writes safetensors by hand: the library's writer shuffles metadata, so that no two runs give the same bytes."""
-    config = json.dumps(to_dict(getattr(model.config, part)))
-    info = {"name": model.info.name, "license": model.info.license, "source": model.info.source}
-    preprocess = json.dumps(to_dict(model.config.preprocess))
-    metadata = {"format": "pt", "part": part, "config": config, "preprocess": preprocess, **info}
+    described = {"config": getattr(config, part), "preprocess": config.preprocess}
+    metadata = {"format": "pt", "part": part, **{key: json.dumps(to_dict(value)) for key, value in described.items()}}
+    metadata |= {"name": info.name, "license": info.license, "source": info.source}
     header: dict[str, Any] = {"__metadata__": metadata}
+    state = {name: state[name] for name in sorted(state)}
     codes = {dtype: code for code, dtype in DTYPES.items()}
     offset = 0
     for name, tensor in state.items():
@@ -382,8 +335,8 @@ def _bytes(tensor: Tensor) -> memoryview:
     return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
-def _config_text(model: BigBiGAN, files: dict[str, FileEntry]) -> str:
-    document = {"format": FORMAT, **asdict(model.info), "architecture": to_dict(model.config)}
+def _config_text(config: BigBiGANConfig, info: ModelInfo, files: dict[str, FileEntry]) -> str:
+    document = {"format": FORMAT, **asdict(info), "architecture": to_dict(config)}
     document["files"] = {part: asdict(entry) for part, entry in files.items()}
     try:
         text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"

@@ -15,6 +15,7 @@ import torch
 
 from bigbigan import BigBiGAN, Encoder, create_model, load
 from bigbigan.arrays import as_dtype, as_floats, as_seed, as_tensor
+from bigbigan.data.batches import Batches
 from bigbigan.evaluation import (
     TensorImages,
     classifier_score,
@@ -30,7 +31,6 @@ from bigbigan.evaluation import (
     train_classifier,
 )
 from bigbigan.evaluation.features import BatchEncoder
-from bigbigan.training.data import Batches
 from bigbigan.training.recipes import RECIPES
 
 

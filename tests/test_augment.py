@@ -9,10 +9,10 @@ import pytest
 from PIL import Image
 
 from bigbigan.config import PreprocessConfig
+from bigbigan.data.augment import CROP_ATTEMPTS, NUM_CROP_DRAWS, AugmentationConfig, crop_box, uniform
+from bigbigan.data.decoding import Decoder
 from bigbigan.images import preprocess, read_image
 from bigbigan.schema import ConfigError, from_dict, to_dict
-from bigbigan.training.augment import CROP_ATTEMPTS, NUM_CROP_DRAWS, AugmentationConfig, crop_box, uniform
-from bigbigan.training.decoding import Decoder
 
 RESNET = AugmentationConfig(crop_scale=(0.08, 1.0), flip=True, original=True)
 SQUARE = AugmentationConfig(crop_scale=(0.5, 1.0), aspect=(1.0, 1.0), original=True, filter="bilinear")

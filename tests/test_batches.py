@@ -17,7 +17,10 @@ import torch
 from PIL import Image
 
 from bigbigan.config import PreprocessConfig
-from bigbigan.training.data import AugmentationConfig, Batches, ImageDataset, Images, open_dataset
+from bigbigan.data.augment import AugmentationConfig
+from bigbigan.data.batches import Batches, Images
+from bigbigan.data.dataset import ImageDataset
+from bigbigan.data.opening import open_dataset
 
 N = 13
 PLAIN = PreprocessConfig(size=8)
@@ -153,7 +156,7 @@ def test_a_large_batch_is_decoded_in_jobs(tmp_path: Path, monkeypatch: pytest.Mo
         return found
 
     whole = seen()
-    monkeypatch.setattr("bigbigan.training.batches.JOB_IMAGES", 4)
+    monkeypatch.setattr("bigbigan.data.batches.JOB_IMAGES", 4)
     assert torch.equal(seen(), whole)
 
 

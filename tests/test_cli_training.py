@@ -17,10 +17,11 @@ from command_line import cells, home, make_classes, one_thread, run  # noqa: F40
 from bigbigan import create_model, load
 from bigbigan.cli import main
 from bigbigan.config import PreprocessConfig
+from bigbigan.data.batches import Images
+from bigbigan.data.opening import open_dataset
 from bigbigan.images import to_uint8
 from bigbigan.presets import PRESETS
 from bigbigan.schema import to_dict
-from bigbigan.training.data import Images, open_dataset
 from bigbigan.training.recipes import RECIPES
 
 RECIPE = "bigbigan-fashion-mnist-32"

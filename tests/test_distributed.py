@@ -21,11 +21,11 @@ from PIL import Image
 from pyarrow import parquet
 from safetensors.torch import load_file
 
+from bigbigan.data.augment import AugmentationConfig
+from bigbigan.data.opening import open_dataset
 from bigbigan.presets import PRESETS
 from bigbigan.training import loop
-from bigbigan.training.augment import AugmentationConfig
 from bigbigan.training.config import TrainConfig
-from bigbigan.training.data import open_dataset
 from bigbigan.training.distributed import Processes
 from bigbigan.training.recipes import RECIPES
 from bigbigan.training.step import Batch
@@ -78,13 +78,13 @@ import torch
 import torch.distributed as dist
 torch.set_num_threads(1)
 sys.path.insert(0, sys.argv[2])
-from bigbigan.training.data import open_training_data
+from bigbigan.data.opening import open_training_data
 from test_distributed import CONFIGS, loop
-runs, build = [], loop._Run.__init__
-def remember(self, *arguments):
+runs, build = [], loop.Run.__init__
+def remember(self, *arguments, **options):
     runs.append(self)
-    build(self, *arguments)
-loop._Run.__init__ = remember
+    build(self, *arguments, **options)
+loop.Run.__init__ = remember
 rank = int(os.environ["RANK"])
 store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
 for number, (processes, name, data, run, options) in enumerate(json.loads(sys.argv[1])):
@@ -96,7 +96,7 @@ for number, (processes, name, data, run, options) in enumerate(json.loads(sys.ar
     loop.train(CONFIGS[name], open_training_data(data), run, workers=0, **options)
     dist.destroy_process_group()
     digest = hashlib.sha256()
-    for _, network in sorted(runs[-1]._networks().items()):
+    for _, network in sorted(runs[-1].networks().items()):
         for value in network.state_dict().values():
             digest.update(value.numpy().tobytes())
     print(f"DIGEST {number} {digest.hexdigest()}\\n", end="", flush=True)  # in one write: ranks share a pipe
@@ -224,7 +224,9 @@ def stop():
         os.kill(os.getpid(), signal.SIGSTOP)  # as a process on a machine that hangs: it shows no sign of life
     time.sleep(5)
 with join_processes("cpu", timeout_minutes=3 / 60) as processes:
-    processes.on_main(stop, long=sys.argv[1] != "short")
+    with processes.main_first(long=sys.argv[1] != "short"):
+        if processes.is_main:
+            stop()
 print("waited", flush=True)
 """
 

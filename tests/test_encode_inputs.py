@@ -17,7 +17,7 @@ from test_training_data import png
 
 from bigbigan import create_model, load
 from bigbigan.cli import main
-from bigbigan.training.data import open_dataset
+from bigbigan.data.opening import open_dataset
 
 
 @pytest.fixture(scope="module")

@@ -391,7 +391,7 @@ def test_reconstructions_of_another_method(
     assert f"{folder} lacks 1 of 20 pictures, such as dark/3.png" in message
     np.save(array, np.load(array)[1:])
     with monkeypatch.context() as patched:  # before any image is decoded
-        patched.setattr("bigbigan.training.sources.ImageDataset.decode", None)
+        patched.setattr("bigbigan.data.dataset.ImageDataset.decode", None)
         assert "19 reconstructions of 20 images" in refused(
             capsys, "reconstruction", "--reconstructions", array, *options
         )
@@ -443,7 +443,7 @@ def test_embedded_model_in_efficientnets_eyes(tmp_path: Path, shared_data: Path)
     key = "Fréchet distance (efficientnet-lite0)"
     model = measure(tmp_path, "generation", "-n", 300, *options)["results"][0]
     images = load(parts=("encoder",)).config.preprocess
-    from bigbigan.training.data import open_dataset
+    from bigbigan.data.opening import open_dataset
 
     real = open_dataset(shared_data / "fashion_mnist", split="train[:300]").decode_all(images, 1)
     noise = torch.randint(0, 256, real.shape, generator=torch.Generator().manual_seed(0), dtype=torch.uint8)

@@ -45,7 +45,7 @@ def test_example(name: str, tmp_path: Path) -> None:
 
 
 def test_evaluation_from_python(capsys: pytest.CaptureFixture[str]) -> None:
-    """The README's lines for any module: a class is told by one pixel, and samples of noise are far from images."""
+    """The documents' lines for any module: a class is told by one pixel, and samples of noise are far from images."""
     pytest.importorskip("torchmetrics")
     draws = torch.Generator().manual_seed(0)
     images = torch.zeros(2200, 1, 32, 32, dtype=torch.uint8)
@@ -59,7 +59,8 @@ def test_evaluation_from_python(capsys: pytest.CaptureFixture[str]) -> None:
         "test_labels": labels[2000:],
         "samples": torch.randint(0, 256, (300, 1, 32, 32), dtype=torch.uint8, generator=draws),
     }
-    blocks = re.findall(r"```python\n(.*?)```", (EXAMPLES.parent / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    page = (EXAMPLES.parent / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     (code,) = (block for block in blocks if "module_features" in block)
     exec(code, given)
     accuracy, distance = map(float, capsys.readouterr().out.split())

@@ -174,7 +174,7 @@ def test_kernels_that_changed_are_not_used(
         assert_equal(outputs(model.fuse()), before)
     finally:
         packs.cache_clear()
-    assert "weights are not packed, as torch" in caplog.text or platform.machine().lower() not in ("x86_64", "amd64")
+    assert "weights are not packed: torch" in caplog.text or platform.machine().lower() not in ("x86_64", "amd64")
 
 
 def test_the_training_form_is_not_fused() -> None:
@@ -194,7 +194,7 @@ def test_a_training_model_is_not_fused() -> None:
 
 def test_the_command_line_fuses_by_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[type] = []
-    monkeypatch.setattr("bigbigan.modelfolder.fuse_part", lambda network: calls.append(type(network)) or fuse(network))
+    monkeypatch.setattr("bigbigan.factory.fuse_part", lambda network: calls.append(type(network)) or fuse(network))
     verbs = {
         "generate": ["-n", "4", "--scale", "1"],
         "reconstruct": ["--scale", "1"],

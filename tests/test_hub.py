@@ -25,8 +25,9 @@ import torch
 from fake_hub import HTML, FakeHub, Fault
 from test_modelfolder import assert_same, tiny_model
 
+import bigbigan
 from bigbigan import Encoder, hub, presets
-from bigbigan.modelfolder import load_folder, save_folder
+from bigbigan.factory import load_folder
 from bigbigan.schema import ConfigError
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 12345\n"
@@ -76,11 +77,11 @@ def run(variables: dict[str, str], function: Callable[..., Any], *arguments: Any
 
 
 def attempt(name: str, without_network: bool = False, **options: Any) -> dict[str, Any]:
-    """The outcome of `hub.load` as data."""
+    """The outcome of `load` as data."""
     network["off"] = without_network
     connections.clear()
     try:
-        model = hub.load(name, **options)
+        model = bigbigan.load(name, **options)
         outcome = {"digest": digest(model), "parts": model.parts}
     except Exception as error:
         outcome = {"error": type(error).__name__, "message": str(error), "cause": type(error.__cause__).__name__}
@@ -103,7 +104,7 @@ def digest(model: torch.nn.Module) -> str:
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("hub") / "tiny"
-    save_folder(tiny_model(parts=("generator", "encoder")), folder)
+    tiny_model(parts=("generator", "encoder")).save(folder)
     return folder
 
 
@@ -160,30 +161,30 @@ def test_embedded_default_needs_nothing(saved: Path, home: Path, monkeypatch: py
     monkeypatch.setattr(hub, "_embedded", lambda: saved)
     monkeypatch.setattr("socket.socket.connect", None)
     for name in (None, "bigbigan-fashion-mnist-32", "BigBiGAN_fashion_mnist_32"):
-        assert_same(hub.load(name), tiny_model(parts=("generator", "encoder")))
+        assert_same(bigbigan.load(name), tiny_model(parts=("generator", "encoder")))
     assert not home.exists()
     with pytest.raises(ValueError, match="embedded model has no revisions"):
-        hub.load(revision="main")
+        bigbigan.load(revision="main")
 
 
 def test_folders_come_before_names(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(saved.parent)
     monkeypatch.setenv("HOME", str(saved.parent))
     for name in (saved, str(saved), "tiny", "./tiny", "~/tiny"):
-        assert hub.load(name, parts=("encoder",)).parts == ("encoder",)
+        assert bigbigan.load(name, parts=("encoder",)).parts == ("encoder",)
     (tmp_path / "bigbigan-tiny").symlink_to(saved)
     monkeypatch.chdir(tmp_path)
     assert hub.resolve("bigbigan-tiny") == Path("bigbigan-tiny")
     for name in ("./nowhere", "/no/where", "~/nowhere", "a/b/c", "org/name/", Path("nowhere")):
         with pytest.raises(FileNotFoundError, match="no folder"):
-            hub.load(name)
+            bigbigan.load(name)
     with pytest.raises(ValueError, match="has no revisions"):
-        hub.load(saved, revision="main")
+        bigbigan.load(saved, revision="main")
 
 
 def test_preset_names_lead_to_a_local_conversion_or_to_advice(saved: Path, home: Path) -> None:
     with pytest.raises(FileNotFoundError) as caught:
-        hub.load("bigbigan_resnet50")
+        bigbigan.load("bigbigan_resnet50")
     for advice in (
         "pip install 'bigbigan[convert]' && bigbigan convert bigbigan-resnet50",
         "load('org/bigbigan-resnet50')",
@@ -192,15 +193,15 @@ def test_preset_names_lead_to_a_local_conversion_or_to_advice(saved: Path, home:
     ):
         assert advice in str(caught.value)
     with pytest.raises(FileNotFoundError, match=r"create_model\('bigbigan-small-g-32'\)"):
-        hub.load("bigbigan-small-g-32")
+        bigbigan.load("bigbigan-small-g-32")
     (home / "models").mkdir(parents=True)
     (home / "models" / "bigbigan-resnet50").symlink_to(saved)
-    assert hub.load("bigbigan_resnet50", parts="encoder").parts == ("encoder",)
+    assert bigbigan.load("bigbigan_resnet50", parts="encoder").parts == ("encoder",)
     assert hub.has_weights("bigbigan_resnet50") and not hub.has_weights("bigbigan-revnet50x4")
     with pytest.raises(ValueError, match=r"did you mean bigbigan-resnet50.*'org/name'"):
-        hub.load("bigbigan-resnet5")
+        bigbigan.load("bigbigan-resnet5")
     with pytest.raises(ValueError, match="do not agree"):
-        hub.load("org/name@main", revision="other")
+        bigbigan.load("org/name@main", revision="other")
 
 
 def test_cache_dir_honours_its_variables(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -290,7 +291,7 @@ def load_while_the_branch_moves(url: str) -> list[dict[str, Any]]:
 def test_a_moved_branch_never_mixes_two_commits(server: FakeHub, saved: Path, tmp_path: Path) -> None:
     server.add("org/tiny", saved)
     other = tmp_path / "other"
-    save_folder(tiny_model(seed=1, parts=("generator", "encoder")), other)
+    tiny_model(seed=1, parts=("generator", "encoder")).save(other)
     files = {path.name: path.read_bytes() for path in other.iterdir()}
     server.actions["/move"] = lambda: server.repositories["org/tiny"].commit(files)
     first, second = run(environment(tmp_path, server.url), load_while_the_branch_moves, server.url)
@@ -308,7 +309,7 @@ def test_a_branch_that_moves_within_one_download_spoils_one_load_only(
     """The client asks what the branch holds, then for its content: a push between the two mixes them in its cache."""
     pinned = server.add("org/tiny", saved)
     other = tmp_path / "other"
-    save_folder(tiny_model(seed=1, parts=("generator", "encoder")), other)
+    tiny_model(seed=1, parts=("generator", "encoder")).save(other)
     files = {path.name: path.read_bytes() for path in other.iterdir()}
 
     # Weights are asked for by commit.
@@ -419,7 +420,7 @@ def test_registered_presets_are_pinned_by_commit_and_digest(server: FakeHub, sav
     good = {path.stem: hashlib.sha256(path.read_bytes()).hexdigest() for path in saved.glob("*.safetensors")}
     commit = server.add("org/tiny", saved)
     forged = tmp_path / "forged"
-    save_folder(tiny_model(seed=5, parts=("generator", "encoder")), forged)
+    tiny_model(seed=5, parts=("generator", "encoder")).save(forged)
     forged_commit = server.add("org/forged", forged)
     server.repositories["org/tiny"].commit({"config.json": b"a later commit"})
     out = run(environment(tmp_path, server.url), load_registered, commit, forged_commit, good)
@@ -458,11 +459,11 @@ def test_eight_processes_on_a_cold_cache(
 
 
 def push(folder: str) -> list[Any]:
-    model, encoder = hub.load(folder), hub.load(folder, parts=("encoder",))
-    out: list[Any] = [hub.push_to_hub(model, "org/mine", token="hf_x", private=True), model.push_to_hub("org/mine")]
-    out += [attempt("org/mine"), hub.push_to_hub(encoder, "org/mine"), attempt("org/mine")]
+    model, encoder = bigbigan.load(folder), bigbigan.load(folder, parts=("encoder",))
+    out: list[Any] = [model.push_to_hub("org/mine", token="hf_x", private=True), model.push_to_hub("org/mine")]
+    out += [attempt("org/mine"), encoder.push_to_hub("org/mine"), attempt("org/mine")]
     try:
-        hub.push_to_hub(encoder, "org/mine", revision="nowhere")
+        encoder.push_to_hub("org/mine", revision="nowhere")
     except hub.UploadError as error:
         out.append(str(error))
     return out
@@ -498,10 +499,10 @@ def test_a_model_folder_wins_over_every_name(
         caplog.clear()
         assert hub.resolve(name) == Path(name)
         assert caplog.messages == [f"{name}: the folder of that name here, not the model that `bigbigan list` shows"]
-        assert hub.load(name).config == hub.load(saved).config
-        assert Encoder.from_pretrained(name).config == hub.load(saved).config.encoder
+        assert bigbigan.load(name).config == bigbigan.load(saved).config
+        assert Encoder.from_pretrained(name).config == bigbigan.load(saved).config.encoder
     with pytest.raises(ValueError, match="the folder bigbigan-fashion-mnist-32 has no revisions"):
-        hub.load("bigbigan-fashion-mnist-32", revision="main")
+        bigbigan.load("bigbigan-fashion-mnist-32", revision="main")
 
 
 def test_a_folder_without_a_model_hides_no_name(
@@ -509,13 +510,13 @@ def test_a_folder_without_a_model_hides_no_name(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "bigbigan-fashion-mnist-32").mkdir()
-    assert hub.load("bigbigan-fashion-mnist-32").info.name == "bigbigan-fashion-mnist-32"
+    assert bigbigan.load("bigbigan-fashion-mnist-32").info.name == "bigbigan-fashion-mnist-32"
     assert "the folder of that name here holds no model, so the named model is meant" in caplog.text
     (tmp_path / "mine").mkdir()
     with pytest.raises(ConfigError, match="mine is no model folder"):
-        hub.load("mine")
+        bigbigan.load("mine")
 
 
 def test_a_revision_is_named_behind_the_at() -> None:
     with pytest.raises(ValueError, match="org/name@ names no revision behind the @; give a branch"):
-        hub.load("org/name@")
+        bigbigan.load("org/name@")

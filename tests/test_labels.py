@@ -13,7 +13,7 @@ from test_training_data import png
 
 from bigbigan import create_model
 from bigbigan.cli import main
-from bigbigan.training.data import open_dataset, open_training_data
+from bigbigan.data.opening import open_dataset, open_training_data
 
 pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
 

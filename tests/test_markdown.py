@@ -145,8 +145,9 @@ def test_documents_with_odd_names_show_their_plots(tmp_path: Path) -> None:
 def test_model_cards_show_foreign_facts_as_text(text: str) -> None:
     model = create_model("bigbigan-tiny", parts=("generator",))
     provenance = {text: text, "nested": {text: [text]}, "table": [{text: text, "b": 1}]}
-    model.info = dataclasses.replace(model.info, name=text, source=text, license=text, provenance=provenance)
-    card = model_card(model, text).split("---\n", 2)[2]
+    info = dataclasses.replace(model.info, name=text, source=text, license=text, provenance=provenance)
+    states = {"generator": model.generator.state_dict()}
+    card = model_card(model.config, info, states, text).split("---\n", 2)[2]
     rendered = renderer().render(card)
     assert set(re.findall(r"</?(\w+)", rendered)) <= TAGS | {"strong", "a"}
     assert set(re.findall(r'(?:href|src)="([^"]*)"', rendered)) == {"https://arxiv.org/abs/1907.02544"}

@@ -31,8 +31,11 @@ from bigbigan.config import (
     ModelInfo,
     PreprocessConfig,
 )
+from bigbigan.factory import load_folder
+from bigbigan.integrity import WeightsError
 from bigbigan.model import BigBiGAN
-from bigbigan.modelfolder import WeightsError, load_folder, model_card, read_config, save_folder
+from bigbigan.modelcard import model_card
+from bigbigan.modelfolder import read_config, save_folder
 from bigbigan.schema import ConfigError, to_dict
 
 MLP = MLPConfig(width=16, layers=2)
@@ -59,7 +62,7 @@ def tiny_model(seed: int = 0, parts: tuple[str, ...] | None = None) -> BigBiGAN:
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("saved") / "tiny"
-    save_folder(tiny_model(), folder)
+    tiny_model().save(folder)
     return folder
 
 
@@ -72,6 +75,10 @@ def folder(saved: Path, tmp_path: Path) -> Path:
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("BIGBIGAN_HOME", str(tmp_path / "home"))
     return tmp_path / "home"
+
+
+def card_of(model: BigBiGAN) -> str:
+    return model_card(model.config, model.info, model.plain_states())
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -122,7 +129,7 @@ def test_round_trip_is_bit_exact_and_behaves_alike(saved: Path) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_files_keep_their_dtype_unless_told(tmp_path: Path, dtype: torch.dtype) -> None:
     model = tiny_model().to(dtype)
-    save_folder(model, tmp_path / "half")
+    model.save(tmp_path / "half")
     assert_same(model, load_folder(tmp_path / "half"))
     assert load_folder(tmp_path / "half", dtype=torch.float32).dtype == torch.float32
 
@@ -146,7 +153,7 @@ def test_parts_load_alone(folder: Path) -> None:
 
 
 def test_a_model_with_one_part_saves_that_part(tmp_path: Path) -> None:
-    save_folder(tiny_model(parts=("encoder",)), tmp_path / "e")
+    tiny_model(parts=("encoder",)).save(tmp_path / "e")
     assert {p.name for p in (tmp_path / "e").iterdir()} == {"config.json", "README.md", "encoder.safetensors"}
     assert load_folder(tmp_path / "e").parts == ("encoder",)
     with pytest.raises(ValueError, match="has no generator; it has encoder"):
@@ -157,7 +164,7 @@ def test_a_model_with_one_part_saves_that_part(tmp_path: Path) -> None:
 
 def test_bytes_are_reproducible_in_another_process(saved: Path, tmp_path: Path) -> None:
     # Another process has another hash seed, which is what shuffles unordered maps.
-    code = f"from test_modelfolder import *; save_folder(tiny_model(), {str(tmp_path / 'again')!r})"
+    code = f"from test_modelfolder import *; tiny_model().save({str(tmp_path / 'again')!r})"
     environment = {
         **os.environ,
         "PYTHONHASHSEED": "123",
@@ -207,7 +214,7 @@ def test_saving_onto_the_folder_one_was_loaded_from(folder: Path) -> None:
 
 def test_card_has_metadata_and_facts_in_escaped_cells(saved: Path) -> None:
     card = (saved / "README.md").read_text()
-    assert card == model_card(tiny_model())
+    assert card == card_of(tiny_model())
     head = card.split("---")[1].strip().splitlines()
     assert {"library_name: bigbigan", "license: cc-by-4.0", "pipeline_tag: unconditional-image-generation"} <= set(head)
     assert "| fid.value | 12.5 |" in card and "| command | a \\| b &lt;c> |" in card
@@ -220,8 +227,8 @@ def test_card_has_metadata_and_facts_in_escaped_cells(saved: Path) -> None:
         license='My "own": license', provenance={"differences": rows, "note": [{"a": 1}, {"b": 2}]}
     )
     table = "### differences\n\n| output | relative |\n| --- | --- |\n| encode.z_mean | 1e-06 |\n| a\\|b | 2e-06 |\n"
-    assert table in model_card(unusual) and '| note | [{"a": 1}, {"b": 2}] |' in model_card(unusual)
-    assert 'license: other\nlicense_name: "My \\"own\\": license"\npipeline_tag: image-feature' in model_card(unusual)
+    assert table in card_of(unusual) and '| note | [{"a": 1}, {"b": 2}] |' in card_of(unusual)
+    assert 'license: other\nlicense_name: "My \\"own\\": license"\npipeline_tag: image-feature' in card_of(unusual)
 
 
 # What is refused when saving
@@ -232,15 +239,15 @@ def test_weights_that_could_not_be_loaded_are_not_saved(tmp_path: Path) -> None:
     with torch.no_grad():
         model.encoder.latent.weight[0, 0] = float("nan")
     with pytest.raises(WeightsError, match=r"encoder: latent.weight has 1 NaN"):
-        save_folder(model, tmp_path / "m")
+        model.save(tmp_path / "m")
     model = tiny_model()
     model.generator.double()
     with pytest.raises(WeightsError, match="generator has weights of float64"):
-        save_folder(model, tmp_path / "m")
+        model.save(tmp_path / "m")
     model = tiny_model()
     model.generator = type(model.generator)(TINY.generator, spectral_norm=True)
     with pytest.raises(WeightsError, match="generator is not in its plain inference form"):
-        save_folder(model, tmp_path / "m")
+        model.save(tmp_path / "m")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -258,7 +265,7 @@ def test_descriptions_that_could_not_be_read_back_are_not_saved(tmp_path: Path, 
     model = tiny_model(parts=("encoder",))
     model.info = ModelInfo("m", provenance=provenance)
     with pytest.raises(ConfigError, match=reason):
-        save_folder(model, tmp_path / "m", card="card")
+        save_folder(tmp_path / "m", model.config, model.info, model.plain_states(), card="card")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -267,17 +274,17 @@ def test_other_peoples_folders_are_not_overwritten(folder: Path, tmp_path: Path)
     (folder / "thesis.tex").write_text("years of work")
     before = digests(folder)
     with pytest.raises(FileExistsError, match=r"thesis\.tex"):
-        save_folder(model, folder)
+        model.save(folder)
     assert digests(folder) == before
     other = tmp_path / "transformers"
     other.mkdir()
     (other / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(FileExistsError, match="not of a bigbigan model"):
-        save_folder(model, other)
+        model.save(other)
     with pytest.raises(FileExistsError, match="is a file"):
-        save_folder(model, other / "config.json")
+        model.save(other / "config.json")
     (tmp_path / "empty").mkdir()
-    save_folder(model, tmp_path / "empty")
+    model.save(tmp_path / "empty")
     load_folder(tmp_path / "empty")
 
 
@@ -309,7 +316,7 @@ def test_a_failed_save_leaves_the_old_model_and_nothing_else(folder: Path, tmp_p
         with pytest.MonkeyPatch.context() as patch:
             Steps(patch, k)
             try:
-                save_folder(new, folder)
+                new.save(folder)
             except OSError as error:
                 assert error.errno == errno.ENOSPC
                 failures += 1
@@ -325,12 +332,12 @@ def test_a_failed_save_leaves_the_old_model_and_nothing_else(folder: Path, tmp_p
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_killed_save_loses_neither_model(saved: Path, folder: Path, tmp_path: Path) -> None:
     before, new = digests(folder), tiny_model(seed=1)
-    save_folder(new, tmp_path / "new")
+    new.save(tmp_path / "new")
     after, outcomes = digests(tmp_path / "new"), set()
     for k in range(1, 60):
         if (pid := os.fork()) == 0:
             Steps(pytest.MonkeyPatch(), k, kill=True)
-            save_folder(new, folder)
+            new.save(folder)
             os._exit(0)
         status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         if folder.exists():
@@ -341,7 +348,7 @@ def test_a_killed_save_loses_neither_model(saved: Path, folder: Path, tmp_path: 
             assert digests(tmp_path / ".tiny.previous") == before
             with pytest.raises(FileNotFoundError, match=r"rename .*tiny\.previous to tiny"):
                 load_folder(folder)
-        save_folder(new, folder)  # the next save goes through, whatever the kill left
+        new.save(folder)  # the next save goes through, whatever the kill left
         assert digests(folder) == after and not (tmp_path / ".tiny.previous").exists()
         if status == 0:
             break
@@ -531,7 +538,7 @@ def test_a_configuration_in_a_file_is_completed_and_may_be_absent(folder: Path) 
 def test_float16_overflow_is_an_error_not_an_infinity(tmp_path: Path) -> None:
     model = tiny_model(parts=("encoder",))
     model.encoder.feature_norm.running_var.fill_(1e6)
-    save_folder(model, tmp_path / "m")
+    model.save(tmp_path / "m")
     with pytest.raises(WeightsError, match=r"feature_norm.running_var as float16 \(use torch.bfloat16\)"):
         load_folder(tmp_path / "m", dtype=torch.float16)
     load_folder(tmp_path / "m", dtype=torch.bfloat16)
@@ -637,7 +644,7 @@ def mutate(data: bytes, rng: random.Random) -> bytes:
 @pytest.mark.parametrize("count", [1500, pytest.param(30_000, marks=pytest.mark.slow)])
 def test_mutated_folders_give_the_documented_errors_only(tmp_path: Path, count: int) -> None:
     for name in ("config", "weights"):
-        save_folder(tiny_model(parts=("encoder",)), tmp_path / name)
+        tiny_model(parts=("encoder",)).save(tmp_path / name)
     config = (tmp_path / "config" / "config.json").read_bytes()
     weights = (tmp_path / "weights" / "encoder.safetensors").read_bytes()
     header_end = 8 + int.from_bytes(weights[:8], "little")

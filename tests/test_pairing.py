@@ -16,7 +16,7 @@ from test_training_data import png
 from bigbigan import create_model
 from bigbigan.cli import main
 from bigbigan.commands.pairing import row_order
-from bigbigan.training.data import open_dataset
+from bigbigan.data.opening import open_dataset
 
 SUFFIXES = (".npz", ".safetensors", ".parquet")
 

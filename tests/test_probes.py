@@ -21,10 +21,10 @@ from torch import Tensor, nn
 
 from bigbigan import BigBiGAN, create_model
 from bigbigan.cli import main
+from bigbigan.data.opening import open_dataset
 from bigbigan.evaluation.cache import TensorImages, compute_features
 from bigbigan.evaluation.linear_probe import linear_probe
 from bigbigan.evaluation.representations import model_features
-from bigbigan.training.data import open_dataset
 
 
 def write_split(folder: Path, classes: tuple[str, ...], number: int, seed: int) -> None:
@@ -167,7 +167,7 @@ def test_a_table_does_not_depend_on_how_images_are_read(
     shutil.copytree(data, folder)
     (folder / "train" / "a" / "029.png").write_bytes(b"no picture")  # the next readable one is of class b
     lenient = functools.partial(open_dataset, max_bad_fraction=0.5)
-    monkeypatch.setattr("bigbigan.training.data.open_dataset", lenient)
+    monkeypatch.setattr("bigbigan.data.opening.open_dataset", lenient)
     options = ("--compare", "untrained", "--batch-size", 16)
     plain = linear(tmp_path, folder, models["one"], *options)
     assert plain["data"]["train"]["unreadable"] == 1
@@ -358,7 +358,7 @@ def test_supervised_networks_need_decoded_images(
     data: Path, models: dict[str, str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("bigbigan.commands.comparison._computed", None)
-    monkeypatch.setattr("bigbigan.training.sources.ImageDataset.decoded_bytes", lambda *_: 1 << 40)
+    monkeypatch.setattr("bigbigan.data.dataset.ImageDataset.decoded_bytes", lambda *_: 1 << 40)
     assert main([*knn_options(models["one"]), "--data", str(data), "--compare", "supervised"]) == 2
     assert "90 images of 32 pixels take 1024.0 GiB decoded" in capsys.readouterr().err
 

@@ -15,10 +15,10 @@ from PIL import Image
 
 import bigbigan
 from bigbigan.cli import main
+from bigbigan.data.opening import open_dataset
 from bigbigan.schema import to_dict
 from bigbigan.training import loop
 from bigbigan.training.config import TrainConfig
-from bigbigan.training.data import open_dataset
 from bigbigan.training.recipes import RECIPES, sources
 
 # Row: E's trunk, its stages, width factor, input size and output; G's size and base channels; scores; E's LR over G's.

@@ -9,8 +9,8 @@ import pytest
 from test_training_data import png, write_images, write_parquet
 
 from bigbigan.cli import main
-from bigbigan.training.data import open_dataset
-from bigbigan.training.splits import looks_like_split
+from bigbigan.data.opening import open_dataset
+from bigbigan.data.splits import looks_like_split
 
 
 @pytest.mark.parametrize(

@@ -20,8 +20,10 @@ import torch
 from PIL import Image
 
 from bigbigan.config import PreprocessConfig
-from bigbigan.training.data import AugmentationConfig, Images, ImageStream, open_dataset, open_training_data
-from bigbigan.training.streaming import read_ahead
+from bigbigan.data.augment import AugmentationConfig
+from bigbigan.data.batches import Images
+from bigbigan.data.opening import open_dataset, open_training_data
+from bigbigan.data.streaming import ImageStream, read_ahead
 
 PLAIN = PreprocessConfig(size=8)
 
@@ -146,7 +148,7 @@ def test_workers_and_jobs_change_nothing_and_each_image_comes_once(tmp_path: Pat
     for rank in range(2):
         found = {}
         for workers in (0, 2):
-            monkeypatch.setattr("bigbigan.training.batches.JOB_IMAGES", 3 if workers else 256)
+            monkeypatch.setattr("bigbigan.data.batches.JOB_IMAGES", 3 if workers else 256)
             batches = Images(stream, PLAIN, 1, workers=workers, head=4).batches(8, 7, rank=rank, world_size=2)
             found[workers] = [values(batches.at(k)) for k in range(0, 56, 8)]
             batches.close()

@@ -22,17 +22,18 @@ from torch import Tensor, nn
 
 import bigbigan
 from bigbigan import files
+from bigbigan.data.opening import open_dataset
 from bigbigan.discriminator import DiscriminatorOutput
 from bigbigan.layers import SpectralNorm, advance_spectral_norm
 from bigbigan.presets import PRESETS
 from bigbigan.schema import ConfigError
-from bigbigan.training import loop, runfolder
+from bigbigan.training import loop, runfolder, runstate
 from bigbigan.training.config import TrainConfig
-from bigbigan.training.data import open_dataset
 from bigbigan.training.ema import EMA
 from bigbigan.training.export import inference_model
 from bigbigan.training.latents import draw_latents
 from bigbigan.training.losses import discriminator_loss, generator_encoder_loss
+from bigbigan.training.monitor import Monitor
 from bigbigan.training.step import Batch, TrainingState, make_pairs, score, train_step
 
 TINY = TrainConfig(
@@ -332,17 +333,17 @@ def test_non_finite_run_keeps_its_last_checkpoint(
     monkeypatch.setattr(loop, "train_step", step_that_diverges)
     with pytest.raises(FloatingPointError):
         loop.train(TINY, open_dataset(photos), tmp_path / "run")
-    saved = loop.load_checkpoint(tmp_path / "run" / "checkpoints")
+    saved = runstate.load_checkpoint(tmp_path / "run" / "checkpoints")
     assert saved.step == 8  # 32 images
     assert all(value.isfinite().all() for group in saved.tensors.values() for value in group.values())
 
 
 def test_best_snapshot_is_kept_beside_the_newest(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scores = iter([{"linear_avepool_feat": s} for s in (0.5, 0.9, 0.7, 0.8)])
-    monkeypatch.setattr(loop.Monitor, "__call__", lambda *_: next(scores))
+    monkeypatch.setattr(Monitor, "__call__", lambda *_: next(scores))
     run = loop.train(dataclasses.replace(TINY, snapshot_images=12), open_dataset(photos), tmp_path / "run")
     assert sorted(path.name for path in (run / "snapshots").iterdir()) == ["images-0000000024", "images-0000000048"]
-    assert loop.load_checkpoint(run / "checkpoints").state["best"]["num_images"] == 24
+    assert runstate.load_checkpoint(run / "checkpoints").state["best"]["num_images"] == 24
 
 
 def test_settings_can_be_corrected_until_there_is_a_checkpoint(photos: Path, tmp_path: Path) -> None:

@@ -21,12 +21,12 @@ import torch
 from PIL import Image
 
 from bigbigan.cli import main
+from bigbigan.data.opening import open_dataset
 from bigbigan.presets import PRESETS
 from bigbigan.schema import ConfigError, to_dict
-from bigbigan.training import checkpoint, cost, loop, runfolder
+from bigbigan.training import checkpoint, cost, loop, runfolder, runstate, signals
 from bigbigan.training.checkpoint import CheckpointError, load_checkpoint
 from bigbigan.training.config import TrainConfig
-from bigbigan.training.data import open_dataset
 from bigbigan.training.distributed import Processes
 from bigbigan.training.monitor import Monitor
 
@@ -111,7 +111,7 @@ def metrics(run: Path) -> list[dict[str, float]]:
 
 def scores(monkeypatch: pytest.MonkeyPatch, values: list[float]) -> None:
     given = iter(values)
-    monkeypatch.setattr(loop.Monitor, "__call__", lambda *_: {"linear_avepool_feat": next(given)})
+    monkeypatch.setattr(Monitor, "__call__", lambda *_: {"linear_avepool_feat": next(given)})
 
 
 def test_newest_checkpoints_stay_and_that_of_the_best_snapshot(
@@ -157,7 +157,7 @@ def test_a_run_of_another_version_goes_on(
     older = {key: value for key, value in to_dict(CONFIG).items() if key not in ("separate_passes", "lr_decay")}
     del older["augmentation"]["filter"]
     with monkeypatch.context() as then:
-        then.setattr(loop, "VERSIONS", {"bigbigan": "0.0.1", "torch": "2.4.0"})
+        then.setattr(runstate, "VERSIONS", {"bigbigan": "0.0.1", "torch": "2.4.0"})
         then.setattr(runfolder, "to_dict", lambda _: older)
         train(photos, run, max_minutes=1e-9)
     assert metrics(train(photos, run)) == metrics(train(photos, tmp_path / "whole"))
@@ -219,7 +219,7 @@ def test_a_signal_does_not_wait_for_a_snapshot(photos: Path, tmp_path: Path, mon
         pytest.fail("the snapshot went on")
 
     for _ in range(2):
-        monkeypatch.setattr(loop.Monitor, "__call__", long)
+        monkeypatch.setattr(Monitor, "__call__", long)
         with pytest.raises(loop.TrainingStopped):
             train(photos, run)
         assert steps(run) == [1, 2] and not any((run / "snapshots").iterdir())
@@ -229,14 +229,14 @@ def test_a_signal_does_not_wait_for_a_snapshot(photos: Path, tmp_path: Path, mon
 
 def test_a_signal_lets_a_snapshot_be_kept(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Once it is measured, so that none stays that should have gone."""
-    plain = loop.keep_snapshot
+    plain = runstate.keep_snapshot
 
     def keep(model: Any, folder: Path, *arguments: Any, **options: Any) -> Any:
         if model.info.provenance["num_images"] == 24:
             signal.raise_signal(signal.SIGTERM)
         return plain(model, folder, *arguments, **options)
 
-    monkeypatch.setattr(loop, "keep_snapshot", keep)
+    monkeypatch.setattr(runstate, "keep_snapshot", keep)
     with pytest.raises(loop.TrainingStopped):
         train(photos, tmp_path / "run")
     assert [path.name for path in (tmp_path / "run" / "snapshots").iterdir()] == ["images-0000000024"]
@@ -259,7 +259,7 @@ def test_a_second_signal_ends_a_stuck_step_at_once(photos: Path, tmp_path: Path)
         try:
             assert child.stdout is not None and child.stdout.readline() == b"stuck\n"
             child.terminate()
-            time.sleep(loop.REPEAT_SECONDS + 0.5)
+            time.sleep(signals.REPEAT_SECONDS + 0.5)
             assert child.poll() is None
             child.terminate()
             assert child.wait(10) == -signal.SIGTERM
@@ -270,17 +270,17 @@ def test_a_second_signal_ends_a_stuck_step_at_once(photos: Path, tmp_path: Path)
 
 
 def test_a_snapshot_that_fails_is_made_again(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = loop.keep_snapshot
+    plain = runstate.keep_snapshot
 
     def full(*arguments: Any, **options: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     run = tmp_path / "run"
-    monkeypatch.setattr(loop, "keep_snapshot", full)
+    monkeypatch.setattr(runstate, "keep_snapshot", full)
     with pytest.raises(OSError, match="No space left"):
         train(photos, run)
     assert steps(run)[-1] == 2
-    monkeypatch.setattr(loop, "keep_snapshot", plain)
+    monkeypatch.setattr(runstate, "keep_snapshot", plain)
     assert metrics(train(photos, run)) == metrics(train(photos, tmp_path / "whole"))
 
 

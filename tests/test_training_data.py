@@ -17,8 +17,10 @@ from PIL import Image
 from scipy import stats
 
 from bigbigan.config import PreprocessConfig
+from bigbigan.data.augment import NUM_DRAWS, AugmentationConfig, augment, uniform
+from bigbigan.data.batches import Batches
+from bigbigan.data.opening import open_dataset
 from bigbigan.schema import ConfigError, from_dict, to_dict
-from bigbigan.training.data import NUM_DRAWS, AugmentationConfig, Batches, augment, open_dataset, uniform
 
 EVERYTHING = AugmentationConfig(crop_scale=(0.2, 1.0), flip=True, shift=2)
 PLAIN = PreprocessConfig(size=8)

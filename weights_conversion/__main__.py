@@ -1,8 +1,8 @@
-"""`python -m weights_conversion` is `bigbigan convert`."""
+"""`python -m weights_conversion …` is `bigbigan convert …`."""
 
+import runpy
 import sys
 
-from bigbigan.cli import main
-
 if __name__ == "__main__":
-    sys.exit(main(["convert", *sys.argv[1:]]))
+    sys.argv[1:1] = ["convert"]
+    runpy.run_module("bigbigan", run_name="__main__")

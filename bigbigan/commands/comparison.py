@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from bigbigan.config import PreprocessConfig
+    from bigbigan.data.dataset import ImageDataset
     from bigbigan.evaluation.representations import Representation
     from bigbigan.evaluation.rows import Rows
     from bigbigan.model import BigBiGAN
-    from bigbigan.training.data import ImageDataset
 
 STANDING_PASSES, STANDING_BATCH = 100, 64  # as in the training recipes
 MAX_DECODED = 1 << 30  # bytes of a split's decoded images that are kept; larger ones are decoded again when asked for
@@ -133,7 +133,7 @@ class Splits:
     """
 
     def __init__(self, arguments: argparse.Namespace) -> None:
-        from bigbigan.workers import default_workers
+        from bigbigan.data.workers import default_workers
 
         self.train = _open_labelled(arguments.data, arguments.train_split)
         self.test = _open_labelled(arguments.data, arguments.test_split)
@@ -190,7 +190,7 @@ def align_classes(dataset: ImageDataset, other: ImageDataset) -> None:
 
 
 def _open_labelled(path: str, split: str) -> ImageDataset:
-    from bigbigan.training.data import open_dataset
+    from bigbigan.data.opening import open_dataset
 
     dataset = open_dataset(path, split=split)
     unlabelled = (dataset.labels < 0).nonzero().flatten().tolist()
@@ -270,7 +270,7 @@ def _open(
     kind: str, rest: str, arguments: argparse.Namespace, model: BigBiGAN, splits: Splits
 ) -> Callable[[], Iterator[Measured]]:
     """What computes the rows of a SPEC, once everything that it names is found."""
-    from bigbigan import hub
+    from bigbigan import factory
     from bigbigan.evaluation.adapters import huggingface_features, timm_features
     from bigbigan.evaluation.linear_probe import check_width
     from bigbigan.evaluation.report import images_seen
@@ -304,7 +304,7 @@ def _open(
             name, pooling=pooling or "pooled", revision=revision or None, device=device
         )
     else:
-        other = hub.load(rest, parts=("encoder",), device=device)
+        other = factory.load(rest, parts=("encoder",), device=device)
         representation = model_features(other, arguments.features, name=rest, batch_size=arguments.batch_size)
         facts = {"images_seen": seen} if (seen := images_seen(other)) else {}
     return lambda: iter([replace(_computed(representation, arguments, splits), facts=facts)])
@@ -340,9 +340,9 @@ def _files(rest: str, arguments: argparse.Namespace, splits: Splits) -> Measured
 def _untrained(_: str, arguments: argparse.Namespace, model: BigBiGAN, splits: Splits) -> Iterator[Measured]:
     from bigbigan import create_model
     from bigbigan.config import MLPEncoderConfig
+    from bigbigan.data.batches import Images
     from bigbigan.evaluation.representations import model_features
     from bigbigan.layers import Initializer
-    from bigbigan.training.batches import Images
     from bigbigan.training.export import standing_statistics
 
     mlp = isinstance(model.config.encoder, MLPEncoderConfig)  # BiGAN on MNIST begins as its authors' does

@@ -108,13 +108,12 @@ def _module(arguments: argparse.Namespace) -> int:
 def _push(arguments: argparse.Namespace) -> int:
     from dataclasses import replace
 
-    from bigbigan import hub
+    from bigbigan import factory
 
-    model = hub.load(arguments.folder, local_files_only=True)
+    model = factory.load(arguments.folder, local_files_only=True)
     if arguments.license:
         model.info = replace(model.info, license=arguments.license)
-    url = hub.push_to_hub(
-        model,
+    url = model.push_to_hub(
         arguments.repo_id,
         private=arguments.private,
         revision=arguments.revision,

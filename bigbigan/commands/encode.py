@@ -138,8 +138,8 @@ def _rows(name: str, split: str) -> dict[str, Path | StoredImage]:
     from functools import partial
 
     from bigbigan.commands.pairing import row_names
+    from bigbigan.data.opening import open_dataset
     from bigbigan.evaluation.encoding import StoredImage
-    from bigbigan.training.sources import open_dataset
 
     dataset = open_dataset(name, split=split, label_column=None)
     return {
@@ -178,8 +178,8 @@ def _listed(inputs: Sequence[str]) -> list[str]:
 
 def _is_data_set(name: str) -> bool:
     """Whether this leads to rows; a folder with pictures in it is a folder of pictures, whatever else it holds."""
+    from bigbigan.data.paths import holds_rows
     from bigbigan.listing import has_images
-    from bigbigan.training.paths import holds_rows
 
     path = Path(name)
     if path.is_dir():

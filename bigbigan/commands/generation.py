@@ -23,10 +23,10 @@ from bigbigan.commands.sample_record import preprocessing_of
 from bigbigan.outputs import STATISTICS
 
 if TYPE_CHECKING:
+    from bigbigan.data.dataset import ImageDataset
     from bigbigan.evaluation.feature_networks import FeatureNetwork
     from bigbigan.evaluation.generation import Features, FeatureStatistics
     from bigbigan.model import BigBiGAN
-    from bigbigan.training.sources import ImageDataset
 
 logger = logging.getLogger(__name__)
 
@@ -193,10 +193,10 @@ def _network(arguments: argparse.Namespace) -> FeatureNetwork:
     if name == "inception":
         return inception_network(choose_device(arguments.device))
     if name.startswith("model:"):
-        from bigbigan import hub
+        from bigbigan import factory
 
         device = choose_device(arguments.device)
-        return encoder_network(hub.load(name.removeprefix("model:"), parts=("encoder",), device=device))
+        return encoder_network(factory.load(name.removeprefix("model:"), parts=("encoder",), device=device))
     script, _, function = name.partition(".py:")
     if not function:
         raise ValueError(f"--network is {name!r}; give inception, model:NAME or FILE.py:FUNCTION")
@@ -229,9 +229,9 @@ def _reference(
     """The data set, its images as they are compared, and how they are prepared in words."""
     from dataclasses import replace
 
+    from bigbigan.data.opening import open_dataset
+    from bigbigan.data.workers import default_workers
     from bigbigan.schema import to_dict
-    from bigbigan.training.sources import open_dataset
-    from bigbigan.workers import default_workers
 
     dataset = open_dataset(arguments.data, split=arguments.split)
     if model:

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from bigbigan.config import PreprocessConfig
+    from bigbigan.data.dataset import ImageDataset
     from bigbigan.model import BigBiGAN
-    from bigbigan.training.sources import ImageDataset
 
 logger = logging.getLogger(__name__)
 
@@ -159,11 +159,11 @@ def _files(path: str) -> _Stored:
     from PIL import Image
 
     from bigbigan.config import PreprocessConfig
+    from bigbigan.data.decoding import GREY
+    from bigbigan.data.folders import open_folder
+    from bigbigan.data.opening import described, open_dataset
+    from bigbigan.data.paths import holds_rows
     from bigbigan.images import FORMATS, list_images, read_image
-    from bigbigan.training.decoding import GREY
-    from bigbigan.training.folders import open_folder
-    from bigbigan.training.paths import holds_rows
-    from bigbigan.training.sources import described, open_dataset
 
     folder = Path(path)
     if folder.is_dir() and not holds_rows(folder):  # whole: "train" is a class like any other here

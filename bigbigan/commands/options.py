@@ -128,12 +128,12 @@ def choose_device(name: str) -> str:
 
 def open_model(arguments: argparse.Namespace, parts: Sequence[str] | None, name: str | None = None) -> BigBiGAN:
     """The model that the options (or `name`) ask for; fused if the verb has the option and it was not taken back."""
-    from bigbigan import hub
+    from bigbigan import factory
 
     set_threads(arguments)
     device = choose_device(arguments.device)
     options = {"revision": arguments.revision, "fuse": getattr(arguments, "fuse", False)}
-    return hub.load(name or arguments.model, parts=parts, device=device, **options)
+    return factory.load(name or arguments.model, parts=parts, device=device, **options)
 
 
 def add_output(parser: Any, *flags: str, kind: Kind, **options: Any) -> None:

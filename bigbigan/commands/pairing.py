@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from bigbigan.training.sources import ImageDataset
+    from bigbigan.data.dataset import ImageDataset
 
 logger = logging.getLogger(__name__)
 

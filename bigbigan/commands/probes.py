@@ -262,8 +262,8 @@ def _augmented(
 
     import torch
 
-    from bigbigan.training.augment import AugmentationConfig
-    from bigbigan.training.batches import Images
+    from bigbigan.data.augment import AugmentationConfig
+    from bigbigan.data.batches import Images
 
     assert one.representation is not None
     augmentation = AugmentationConfig(crop_scale=(0.08, 1.0), flip=True, original=True)

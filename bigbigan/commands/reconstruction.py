@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from bigbigan.config import PreprocessConfig
+    from bigbigan.data.dataset import ImageDataset
     from bigbigan.model import BigBiGAN
-    from bigbigan.training.sources import ImageDataset
 
 
 def add_reconstruction(protocols: Commands) -> None:

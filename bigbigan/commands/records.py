@@ -14,8 +14,8 @@ from bigbigan.outputs import RECORD
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from bigbigan.data.dataset import ImageDataset
     from bigbigan.model import BigBiGAN
-    from bigbigan.training.data import ImageDataset
 
 DATA = (
     "Data: a folder with train.parquet and test.parquet (Hugging Face layout: image, label; also in shards),\n"

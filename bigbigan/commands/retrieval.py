@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
 
+    from bigbigan.data.dataset import ImageDataset
     from bigbigan.evaluation.rows import Rows
     from bigbigan.model import BigBiGAN
-    from bigbigan.training.sources import ImageDataset
 
 LISTED = 100  # queries whose neighbours the record names
 
@@ -161,10 +161,10 @@ def _split(
     beside: ImageDataset | None = None,
 ) -> _Images:
     from bigbigan.commands.comparison import SplitImages, align_classes
+    from bigbigan.data.opening import open_dataset
+    from bigbigan.data.workers import default_workers
     from bigbigan.evaluation.cache import compute_features
     from bigbigan.evaluation.representations import model_features
-    from bigbigan.training.sources import open_dataset
-    from bigbigan.workers import default_workers
 
     dataset = open_dataset(arguments.data, split=split)
     if neighbours > len(dataset):
@@ -187,11 +187,11 @@ def _split(
 def _stored(arguments: argparse.Namespace, model: BigBiGAN) -> _Images:
     """The rows of a feature file; the pictures lie in --data under their names, or are the rows of a Parquet set."""
     from bigbigan.commands.pairing import row_order
+    from bigbigan.data.opening import open_dataset
+    from bigbigan.data.paths import holds_rows
     from bigbigan.evaluation.feature_files import feature_names, file_digest, read_features
     from bigbigan.evaluation.retrieval import labels_of
     from bigbigan.evaluation.rows import select
-    from bigbigan.training.paths import holds_rows
-    from bigbigan.training.sources import open_dataset
 
     path, root = Path(arguments.features), Path(arguments.data)
     features = read_features(path, prefer=[arguments.feature])

@@ -26,10 +26,10 @@ def add_rotation(protocols: Commands) -> None:
 def _rotation(arguments: argparse.Namespace) -> int:
     from torch import Tensor
 
+    from bigbigan.data.opening import open_dataset
+    from bigbigan.data.workers import default_workers
     from bigbigan.evaluation.rotation import rotation_accuracy
-    from bigbigan.training.sources import open_dataset
     from bigbigan.training.step import pool_to
-    from bigbigan.workers import default_workers
 
     model = open_model(arguments, ("discriminator",))
     discriminator = model.part("discriminator")

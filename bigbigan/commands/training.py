@@ -243,18 +243,18 @@ def _train(arguments: argparse.Namespace) -> int:
     from torch import OutOfMemoryError
     from torch.distributed.elastic.multiprocessing.errors import record
 
-    from bigbigan import hub
+    from bigbigan import factory
+    from bigbigan.data.opening import open_training_data
     from bigbigan.schema import to_dict
     from bigbigan.training.cost import estimate
     from bigbigan.training.distributed import PeerError
     from bigbigan.training.loop import TrainingStopped, train
     from bigbigan.training.runfolder import has_checkpoint
-    from bigbigan.training.sources import open_training_data
     from bigbigan.training.tensorboard import require_tensorboard
 
     recipe, init = _recipe(arguments.recipe), None
     if arguments.init:
-        init = hub.load(arguments.init, parts=None)
+        init = factory.load(arguments.init, parts=None)
         networks = {part: getattr(init.config, part) for part in init.parts}
         recipe = replace(recipe, model=replace(recipe.model, preprocess=init.config.preprocess, **networks))
     config = apply_settings(recipe, arguments.settings)
@@ -361,7 +361,7 @@ def find_snapshot(run: Path, which: str) -> Path:
 def _export(arguments: argparse.Namespace) -> int:
     from dataclasses import replace
 
-    from bigbigan import modelfolder
+    from bigbigan import factory
     from bigbigan.schema import to_dict
     from bigbigan.training.runfolder import read_run_config
 
@@ -372,13 +372,13 @@ def _export(arguments: argparse.Namespace) -> int:
     own = [run.resolve() / name for name in ("checkpoints", "samples", "snapshots")]
     if any(output.resolve().is_relative_to(place) for place in own):
         raise ValueError(f"{output} is among the run's own files; name another folder")
-    model = modelfolder.load_folder(snapshot)
+    model = factory.load_folder(snapshot)
     data = json.loads((run / "config.json").read_text(encoding="utf-8"))["data"]
     notes = dict(_key_value(note) for note in arguments.notes)
     provenance = {**model.info.provenance, "training": training, "data": data, **notes}
     name = arguments.name or model.info.name
     model.info = replace(model.info, name=name, license=arguments.license, provenance=provenance)
     model.save(output)
-    modelfolder.load_folder(output)
+    factory.load_folder(output)
     print(output)
     return 0

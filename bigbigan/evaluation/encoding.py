@@ -24,6 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bigbigan.config import PreprocessConfig
+from bigbigan.data.workers import default_workers, run_jobs
 from bigbigan.evaluation.feature_files import feature_writer
 from bigbigan.evaluation.features import OUTPUTS, BatchEncoder, digest
 from bigbigan.evaluation.pieces import (
@@ -40,7 +41,6 @@ from bigbigan.images import BadImageError, list_images, opened, preprocess
 from bigbigan.model import BigBiGAN, indexed_noise
 from bigbigan.outputs import FAILURES, FEATURES, check_output, claim
 from bigbigan.schema import to_dict
-from bigbigan.workers import default_workers, run_jobs
 
 PIECE_ROWS = 256  # what a kill may cost
 LARGE = 128  # side of images from which encoding one takes many times as long as reading it

@@ -8,9 +8,9 @@ from typing import Literal
 
 from bigbigan.arrays import as_seed
 from bigbigan.config import BigBiGANConfig
+from bigbigan.data.augment import AugmentationConfig
 from bigbigan.layers import Initializer
 from bigbigan.schema import ConfigError, check_choices
-from bigbigan.training.data import AugmentationConfig
 from bigbigan.training.diffaugment import Transformation
 
 

@@ -8,7 +8,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -50,24 +50,26 @@ class Processes:
         dist.all_reduce(value, dist.ReduceOp.MAX)
         return bool(value.item())
 
-    def on_main(self, work: Callable[[], None], *, long: bool = False) -> None:
-        """Runs `work` in the main process while the others wait; its error ends them all.
+    @contextmanager
+    def main_first(self, *, long: bool = False) -> Iterator[None]:
+        """The others wait at the end of the block for the main process, whose error there ends them all.
 
-        The others give up after the run's timeout; with `long` only if the main process stops showing signs of life.
+        They give up after the run's timeout; with `long` only if the main process stops showing signs of life.
 
         Raises:
-            PeerError: in the other processes, if `work` failed.
+            PeerError: in the other processes, if the main one failed.
         """
         if self.is_main:
             try:
                 with self._signs_of_life() if long else contextlib.nullcontext():
-                    work()
+                    yield
             except Exception as error:
-                with contextlib.suppress(RuntimeError):  # the others gave up waiting; the error at hand matters more
+                with contextlib.suppress(RuntimeError):  # the others gave up waiting; this error matters more
                     self.gather(f"{type(error).__name__}: {error}")
                 raise
-        elif long:
-            while self._is_busy(False):
+        else:
+            yield
+            while long and self._is_busy(False):
                 pass
         if failure := self.gather(None)[0]:
             raise PeerError(f"the main process failed with {failure}")
@@ -99,6 +101,17 @@ class Processes:
             done.set()
             if self.world_size > 1:
                 thread.join()
+
+    @contextmanager
+    def borrowed_threads(self) -> Iterator[None]:
+        """Gives the main process the threads of those on its machine that wait; torchrun leaves each of them one."""
+        own, local = torch.get_num_threads(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        if self.world_size > 1 and local > 1:
+            torch.set_num_threads(max(own, min(own * local, os.cpu_count() or 1)))
+        try:
+            yield
+        finally:
+            torch.set_num_threads(own)
 
     def gather(self, value: Any) -> list[Any]:
         """JSON-able values of all processes, in order of rank."""

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from bigbigan.config import ModelInfo
+from bigbigan.data.batches import Batches, Images
 from bigbigan.layers import BatchNorm, StandingStatistics, effective_state
 from bigbigan.model import BigBiGAN
-from bigbigan.training.batches import Batches, Images
 from bigbigan.training.latents import draw_latents
 from bigbigan.training.step import TrainingState
 

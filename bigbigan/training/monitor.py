@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from bigbigan.arrays import seeded
+from bigbigan.data.batches import Images
 from bigbigan.evaluation.features import BatchEncoder
 from bigbigan.evaluation.knn import knn_accuracy
 from bigbigan.evaluation.linear_probe import linear_probe
 from bigbigan.grids import enlargement, make_grid, make_pairs, match_size
 from bigbigan.images import save_image
 from bigbigan.model import BigBiGAN
-from bigbigan.training.batches import Images
 from bigbigan.training.config import TrainConfig
 
 # Mean absolute differences of the grid's images, which are training images, to their reconstructions, to the mean of

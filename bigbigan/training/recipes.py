@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from bigbigan.data.augment import AugmentationConfig
 from bigbigan.presets import EMBEDDED, PRESETS
-from bigbigan.training.augment import AugmentationConfig
 from bigbigan.training.config import TrainConfig
 
 IMAGENET_IMAGES, IMAGENET_BATCH, IMAGENET_STEPS = 1_281_167, 2048, 500_000

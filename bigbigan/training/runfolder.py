@@ -16,17 +16,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from bigbigan.data.augment import AugmentationConfig
+from bigbigan.data.dataset import ImageDataset
+from bigbigan.data.streaming import ImageStream
 from bigbigan.evaluation.features import digest
 from bigbigan.files import LOCK, TEMPORARY, atomic_write, foreign, hold, remove_own, sync
 from bigbigan.model import BigBiGAN
 from bigbigan.modelfolder import FOLDER_FILES
 from bigbigan.schema import ConfigError, from_dict, to_dict
-from bigbigan.training.augment import AugmentationConfig
 from bigbigan.training.checkpoint import CHECKPOINT_NAME, is_checkpoint, remove_leftovers
 from bigbigan.training.config import TrainConfig
 from bigbigan.training.monitor import PIXEL_L1
-from bigbigan.training.sources import ImageDataset
-from bigbigan.training.streaming import ImageStream
 
 logger = logging.getLogger(__name__)
 

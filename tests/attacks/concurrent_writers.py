@@ -33,7 +33,7 @@ from PIL import Image
 from bigbigan import cli, create_model
 from bigbigan.evaluation.feature_files import read_features
 from bigbigan.evaluation.report import read_record
-from bigbigan.modelfolder import load_folder
+from bigbigan.factory import load_folder
 from tests.attacks import training_run
 from tests.attacks.training_run import ROOT, make_data
 

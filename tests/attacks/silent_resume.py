@@ -23,10 +23,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from bigbigan.commands.training import apply_settings
+from bigbigan.data.opening import open_dataset
 from bigbigan.schema import ConfigError
 from bigbigan.training.checkpoint import CheckpointError
 from bigbigan.training.config import TrainConfig
-from bigbigan.training.data import open_dataset
 from bigbigan.training.loop import train
 from bigbigan.training.recipes import RECIPES
 from tests.attacks.training_run import BATCH, SETTINGS, make_data, result

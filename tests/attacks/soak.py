@@ -23,8 +23,8 @@ from typing import Any
 
 import torch
 
-from bigbigan.training import loop
-from bigbigan.training.data import open_dataset
+from bigbigan.data.opening import open_dataset
+from bigbigan.training import loop, runstate
 from tests.attacks.silent_resume import configuration
 from tests.attacks.training_run import BATCH, make_data
 
@@ -46,7 +46,7 @@ def soak(work: Path, steps: int, cycles: int) -> dict[str, Any]:
         checkpoint_images=max(1, each // 5) * BATCH,
         snapshot_images=max(1, each // 2) * BATCH,
     )
-    step, save = loop.train_step, loop.save_checkpoint
+    step, save = loop.train_step, runstate.save_checkpoint
     times: dict[str, list[float]] = {"save": [], "resume": [], "stop": []}
     now = {"done": 0, "begin": 0.0, "signal": 0.0, "most": 0}
 
@@ -66,7 +66,7 @@ def soak(work: Path, steps: int, cycles: int) -> dict[str, Any]:
         now["most"] = max(now["most"], len(list(folder.iterdir())))
         return path
 
-    loop.train_step, loop.save_checkpoint = watched_step, watched_save
+    loop.train_step, runstate.save_checkpoint = watched_step, watched_save
     memory, files, stopped, start = [], [], 0, time.monotonic()
     try:
         for _ in range(cycles):
@@ -81,7 +81,7 @@ def soak(work: Path, steps: int, cycles: int) -> dict[str, Any]:
             memory.append(resident())
             files.append(len(os.listdir("/proc/self/fd")))
     finally:
-        loop.train_step, loop.save_checkpoint = step, save
+        loop.train_step, runstate.save_checkpoint = step, save
     seconds = time.monotonic() - start
     assert (now["done"], stopped) == (steps // cycles * cycles, cycles - 1)
     growth = max(memory[-3:]) / max(memory[: max(1, cycles // 4)]) - 1

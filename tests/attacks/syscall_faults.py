@@ -26,7 +26,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bigbigan.training import loop
+from bigbigan.training import runstate
 from bigbigan.training.checkpoint import PARTIAL, load_checkpoint
 from tests.attacks import training_run
 from tests.attacks.training_run import BATCH, arguments, make_data, result, strays
@@ -119,7 +119,7 @@ def _run(train: list[str], run: Path, log: Path, scope: str, fail: int, number: 
     with open(log, "w") as file:
         os.dup2(file.fileno(), 1), os.dup2(file.fileno(), 2)
     disk = Disk(run, fail, number, active=scope == "run")
-    save = loop.save_checkpoint
+    save = runstate.save_checkpoint
 
     def watched(*values: Any, **options: Any) -> Path:
         disk.active = True
@@ -128,7 +128,7 @@ def _run(train: list[str], run: Path, log: Path, scope: str, fail: int, number: 
         finally:
             disk.active = scope == "run"
 
-    loop.save_checkpoint = watched
+    runstate.save_checkpoint = watched
     disk.install()
     training_run.plant({})
     code = training_run.cli.main(train)

@@ -25,10 +25,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from bigbigan import cli
+from bigbigan.data.batches import Batches
 from bigbigan.presets import PRESETS
 from bigbigan.schema import to_dict
-from bigbigan.training import checkpoint, cost, loop
-from bigbigan.training.batches import Batches
+from bigbigan.training import checkpoint, cost, loop, runstate
 
 tqdm.get_lock()  # a semaphore, which a killed child would leave behind: theirs is that of the fork server
 ROOT = Path(__file__).parents[2]
@@ -101,7 +101,7 @@ def plant(faults: dict[str, Any]) -> None:
 
 
 def _slow_saves(seconds: float, marker: Path) -> None:
-    save, replace, rmtree = loop.save_checkpoint, os.replace, shutil.rmtree
+    save, replace, rmtree = runstate.save_checkpoint, os.replace, shutil.rmtree
 
     def slow_write(path: Path, data: bytes) -> None:
         with open(path, "xb") as file:
@@ -130,11 +130,11 @@ def _slow_saves(seconds: float, marker: Path) -> None:
             os.replace, shutil.rmtree = replace, rmtree
             marker.unlink()
 
-    checkpoint._write_file, loop.save_checkpoint = slow_write, marked_save
+    checkpoint._write_file, runstate.save_checkpoint = slow_write, marked_save
 
 
 def _plant_one(kind: str, where: str, step: int) -> None:
-    train_step, write, save, at = loop.train_step, checkpoint._write_file, loop._Run.checkpoint, Batches.at
+    train_step, write, save, at = loop.train_step, checkpoint._write_file, loop.Run.checkpoint, Batches.at
     now = {"step": -1}
 
     def strike() -> None:
@@ -174,7 +174,7 @@ def _plant_one(kind: str, where: str, step: int) -> None:
     if where == "data":
         Batches.at = faulty_at
     if where == "save":
-        loop._Run.checkpoint = faulty_save
+        loop.Run.checkpoint = faulty_save
 
 
 def main() -> int:

@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from PIL import Image
 
+from bigbigan.data.opening import open_dataset
 from bigbigan.presets import EMBEDDED
-from bigbigan.training import loop
-from bigbigan.training.data import open_dataset
+from bigbigan.training import loop, runstate
 from bigbigan.training.recipes import RECIPES
 
 
@@ -38,7 +38,7 @@ def main() -> None:
     recipe = RECIPES[args.recipe]
     batch, between = recipe.batch_size, recipe.checkpoint_images / recipe.batch_size
     taken: dict[str, list[float]] = {"step": [], "save": []}
-    originals: dict[str, Callable[..., Any]] = {"step": loop.train_step, "save": loop.save_checkpoint}
+    originals: dict[str, Callable[..., Any]] = {"step": loop.train_step, "save": runstate.save_checkpoint}
 
     def timed(what: str) -> Callable[..., Any]:
         def call(*arguments: Any, **options: Any) -> Any:
@@ -49,7 +49,7 @@ def main() -> None:
 
         return call
 
-    loop.train_step, loop.save_checkpoint = timed("step"), timed("save")
+    loop.train_step, runstate.save_checkpoint = timed("step"), timed("save")
     with tempfile.TemporaryDirectory() as folder:
         draws = np.random.default_rng(0)
         side, channels = recipe.model.preprocess.size, recipe.model.image_channels

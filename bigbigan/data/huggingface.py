@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from bigbigan.training.decoding import Source
-from bigbigan.training.labels import check_label_type, class_labels, is_text, streamed_label
-from bigbigan.training.parquet import holds_images, suggested_options
-from bigbigan.training.paths import OPTIONS, split_options
-from bigbigan.training.sources import ImageDataset
-from bigbigan.training.streaming import BLOCK, ImageStream, Row
+from bigbigan.data.dataset import ImageDataset
+from bigbigan.data.decoding import Source
+from bigbigan.data.labels import check_label_type, class_labels, is_text, streamed_label
+from bigbigan.data.parquet import holds_images, suggested_options
+from bigbigan.data.paths import OPTIONS, split_options
+from bigbigan.data.streaming import BLOCK, ImageStream, Row
 
 _OPTIONS = (*OPTIONS, "block", "config", "data_dir", "data_files", "revision", "split", "streaming")
 _ROWS = 64  # read at a time from a stream

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 from bigbigan.arrays import as_whole
-from bigbigan.training.augment import permutation
-from bigbigan.training.decoding import Source
-from bigbigan.training.sources import ImageDataset
+from bigbigan.data.augment import permutation
+from bigbigan.data.dataset import ImageDataset
+from bigbigan.data.decoding import Source
 
 BLOCK = 1024  # images shuffled among each other
 

@@ -14,8 +14,8 @@ from PIL import Image
 from torch import Tensor
 
 from bigbigan.config import PreprocessConfig
+from bigbigan.data.augment import NUM_CROP_DRAWS, AugmentationConfig, crop_box, uniform
 from bigbigan.images import FORMATS, WHITE, BadImageError, opened, preprocess, read_image
-from bigbigan.training.augment import NUM_CROP_DRAWS, AugmentationConfig, crop_box, uniform
 
 GREY = ("1", "L", "LA", "La", "I;16", "I;16L", "I;16B", "I;16N")  # Pillow's modes
 Source = Path | bytes | None  # a file, an encoded image, or a row without one

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from bigbigan.training.decoding import Source
-from bigbigan.training.sources import ImageDataset
+from bigbigan.data.dataset import ImageDataset
+from bigbigan.data.decoding import Source
 
 
 class _Files(Sequence[Source]):

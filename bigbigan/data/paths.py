@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bigbigan.training.splits import parquet_files, subfolders
+from bigbigan.data.splits import parquet_files, subfolders
 
 OPTIONS = ("column", "label", "max_bad_fraction")
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from bigbigan.training.decoding import Source
-from bigbigan.training.labels import check_label_type, class_labels, is_text
-from bigbigan.training.sources import ImageDataset
+from bigbigan.data.dataset import ImageDataset
+from bigbigan.data.decoding import Source
+from bigbigan.data.labels import check_label_type, class_labels, is_text
 
 
 def open_parquet(
@@ -52,7 +52,7 @@ def open_parquet(
     labels = class_labels(values, _class_names(schema.metadata, label_column), str(files[0]))
     rows: Sequence[Source] = sources
     if not in_memory:
-        from bigbigan.training.huggingface import map_parquet
+        from bigbigan.data.huggingface import map_parquet
 
         rows = map_parquet(files, column)
     return ImageDataset(

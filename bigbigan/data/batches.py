@@ -13,11 +13,11 @@ from torch import Tensor
 
 from bigbigan.arrays import as_whole
 from bigbigan.config import PreprocessConfig
-from bigbigan.training.augment import NUM_DRAWS, AugmentationConfig, augment, permutation, uniform
-from bigbigan.training.decoding import Decoded, Decoder, Job
-from bigbigan.training.sources import MAX_BYTES, ImageDataset, UnreadableImages
-from bigbigan.training.streaming import ImageStream, Position, StreamedImage, read_ahead
-from bigbigan.workers import default_workers, run_jobs
+from bigbigan.data.augment import NUM_DRAWS, AugmentationConfig, augment, permutation, uniform
+from bigbigan.data.dataset import MAX_BYTES, ImageDataset, UnreadableImages
+from bigbigan.data.decoding import Decoded, Decoder, Job
+from bigbigan.data.streaming import ImageStream, Position, StreamedImage, read_ahead
+from bigbigan.data.workers import default_workers, run_jobs
 
 JOB_IMAGES = 256  # that a worker decodes at a time: two jobs a worker wait in memory, however large the batch
 

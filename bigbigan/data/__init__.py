@@ -1,0 +1,1 @@
+"""Data sets: where images come from, and which of them make up a batch."""
