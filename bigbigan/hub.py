@@ -168,6 +168,10 @@ def _from_hub(source: _Repository, entry: HubEntry | None, parts: Sequence[str] 
     if COMMIT.fullmatch(folder.name):  # a branch may move between two downloads
         source = replace(source, revision=folder.name)
     for part in select_parts(parts, described.files, source.repo_id):
+        for name in modelfolder.part_files(part, described.config)[1:]:
+            path = _download(source, name)
+            with _discarding(path):
+                modelfolder.read_graphs(folder, [part], described.config)
         path, file = _download(source, modelfolder.weight_file(part)), described.files[part]
         with _discarding(path):
             if entry is not None and entry.sha256.get(part) != file.sha256:
@@ -284,7 +288,8 @@ def push_to_hub(
         try:
             url = str(api.create_repo(repo_id, private=private, exist_ok=True))
             present = api.list_repo_files(repo_id, revision=revision)
-            stale = [name for name in map(modelfolder.weight_file, PARTS) if name in present and name not in names]
+            known = [name for part in PARTS for name in (modelfolder.weight_file(part), modelfolder.graph_file(part))]
+            stale = [name for name in known if name in present and name not in names]
             # Not `upload_folder`: it may split an upload into several commits.
             api.create_commit(
                 repo_id,

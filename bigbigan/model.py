@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from typing import Any, Literal
 
@@ -22,6 +22,9 @@ from bigbigan.config import (
     DiscriminatorConfig,
     EncoderConfig,
     GeneratorConfig,
+    GraphDiscriminatorConfig,
+    GraphEncoderConfig,
+    GraphGeneratorConfig,
     MLPDiscriminatorConfig,
     MLPEncoderConfig,
     MLPGeneratorConfig,
@@ -32,6 +35,7 @@ from bigbigan.discriminator import Discriminator, DiscriminatorOutput
 from bigbigan.encoder import Encoder, EncoderOutput
 from bigbigan.fuse import FusedPart, check_fusible, fuse
 from bigbigan.generator import Generator
+from bigbigan.graph import Graph, GraphDiscriminator, GraphEncoder, GraphGenerator
 from bigbigan.images import ImageLike
 from bigbigan.mlp import MLPDiscriminator, MLPEncoder, MLPGenerator
 
@@ -42,6 +46,9 @@ PART_CLASSES: dict[type, Callable[..., nn.Module]] = {  # by the class of a part
     MLPGeneratorConfig: MLPGenerator,
     MLPEncoderConfig: MLPEncoder,
     MLPDiscriminatorConfig: MLPDiscriminator,
+    GraphGeneratorConfig: GraphGenerator,
+    GraphEncoderConfig: GraphEncoder,
+    GraphDiscriminatorConfig: GraphDiscriminator,
 }
 TruncationMode = Literal["resample", "scale"]
 _LATENT_STREAM, _NOISE_STREAM = 0, 1
@@ -54,19 +61,25 @@ class BigBiGAN(nn.Module):
     the result beyond rounding; for gradients call `model.generator`, `model.encoder` and `model.discriminator`.
     """
 
-    generator: Generator | MLPGenerator | None
-    encoder: Encoder | MLPEncoder | None
-    discriminator: Discriminator | MLPDiscriminator | None
+    generator: Generator | MLPGenerator | GraphGenerator | None
+    encoder: Encoder | MLPEncoder | GraphEncoder | None
+    discriminator: Discriminator | MLPDiscriminator | GraphDiscriminator | None
 
     def __init__(
-        self, config: BigBiGANConfig, parts: Sequence[str] | None = None, info: ModelInfo | None = None
+        self,
+        config: BigBiGANConfig,
+        parts: Sequence[str] | None = None,
+        info: ModelInfo | None = None,
+        graphs: Mapping[str, Graph] | None = None,
     ) -> None:
         super().__init__()
         self.config, self.info = config, info or ModelInfo()
         wanted = select_parts(parts, config.parts, "this architecture")
         for name in PARTS:
-            part = getattr(config, name)
-            self.add_module(name, PART_CLASSES[type(part)](part) if name in wanted else None)
+            part, graph = getattr(config, name), (graphs or {}).get(name)
+            make = PART_CLASSES.get(type(part))
+            network = make(part, *([] if graph is None else [graph])) if make is not None and name in wanted else None
+            self.add_module(name, network)
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -92,7 +105,8 @@ class BigBiGAN(nn.Module):
         """Puts every part into its fused form for inference, in place: equal up to rounding, and faster.
 
         A fused model saves its plain weights. It does not train, gives no gradients, stays on its device, and sees
-        nothing of later changes to its parameters. On other devices than the CPU the model stays as it is.
+        nothing of later changes to its parameters. On other devices than the CPU the model stays as it is. So does a
+        part in graph form, whose layers are not known.
 
         Raises:
             RuntimeError: the model is in training mode, or compiled; no part was fused then.

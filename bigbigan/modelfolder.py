@@ -21,12 +21,14 @@ from bigbigan.config import (
     MAX_CONFIG_BYTES,
     PARTS,
     BigBiGANConfig,
+    GraphConfig,
     ModelInfo,
     ordered_parts,
     select_parts,
 )
 from bigbigan.files import atomic_write, sync
 from bigbigan.fuse import fuse as fuse_part
+from bigbigan.graph import Graph, GraphNetwork, read_graph
 from bigbigan.integrity import (
     DTYPES,
     SHA256,
@@ -86,6 +88,27 @@ class _Document:
 def weight_file(part: str) -> str:
     """File name of a part."""
     return f"{part}.safetensors"
+
+
+def graph_file(part: str) -> str:
+    """File name of the operations of a part in graph form."""
+    return f"{part}.graph.json"
+
+
+def part_files(part: str, config: BigBiGANConfig) -> tuple[str, ...]:
+    """File names of a part."""
+    graph = isinstance(getattr(config, part), GraphConfig)
+    return (weight_file(part), graph_file(part)) if graph else (weight_file(part),)
+
+
+def read_graphs(folder: Path, parts: Iterable[str], config: BigBiGANConfig) -> dict[str, Graph]:
+    """The graphs of those parts that are in graph form; see `bigbigan.graph.read_graph`."""
+    described = {part: getattr(config, part) for part in parts}
+    return {
+        part: read_graph(folder / graph_file(part), own)
+        for part, own in described.items()
+        if isinstance(own, GraphConfig)
+    }
 
 
 def read_config(path: str | os.PathLike[str]) -> FolderConfig:
@@ -171,8 +194,9 @@ def load_folder(
     folder = Path(folder)
     described = read_config(folder)
     wanted = select_parts(parts, described.files, folder)
+    graphs = read_graphs(folder, wanted, described.config)
     with torch.device("meta"):
-        model = BigBiGAN(described.config, wanted, described.info)
+        model = BigBiGAN(described.config, wanted, described.info, graphs)
     for part in wanted:
         _check_file(folder, part, getattr(model, part), described.config)
     if verify:
@@ -281,6 +305,10 @@ def save_folder(model: BigBiGAN, folder: str | os.PathLike[str], *, card: str | 
     try:
         files = {part: _write_weights(staging, part, state, model) for part, state in states.items()}
         text = _config_text(model, files)
+        for part in model.parts:
+            if isinstance(network := getattr(model, part), GraphNetwork):
+                with atomic_write(staging / graph_file(part)) as temporary:
+                    temporary.write_bytes(network.graph.text())
         for name, content in ((CARD_NAME, model_card(model) if card is None else card), (CONFIG_NAME, text)):
             with atomic_write(staging / name) as temporary:
                 temporary.write_text(content, encoding="utf-8", newline="\n")
@@ -291,9 +319,14 @@ def save_folder(model: BigBiGAN, folder: str | os.PathLike[str], *, card: str | 
 
 
 def _plain_state(model: BigBiGAN, part: str) -> dict[str, Tensor]:
-    state, config = getattr(model, part).state_dict(), getattr(model.config, part)
-    with torch.device("meta"):
-        wanted = _shapes(PART_CLASSES[type(config)](config))
+    network, config = getattr(model, part), getattr(model.config, part)
+    state = network.state_dict()
+    if isinstance(network, GraphNetwork):
+        network.check()
+        wanted = {f"constants.{name}": shape for name, shape in network.graph.constants.items()}
+    else:
+        with torch.device("meta"):
+            wanted = _shapes(PART_CLASSES[type(config)](config))
     if difference := _difference({name: tuple(tensor.shape) for name, tensor in state.items()}, wanted):
         raise WeightsError(f"the {part} is not in its plain inference form. {difference}")
     dtypes = {tensor.dtype for tensor in state.values()}
@@ -351,7 +384,7 @@ def _check_replaceable(folder: Path) -> None:
     if not folder.is_dir():
         raise FileExistsError(f"{folder} is a file; name a folder")
     names = {entry.name for entry in folder.iterdir()}
-    if others := sorted(names - {CONFIG_NAME, CARD_NAME, *map(weight_file, PARTS)}):
+    if others := sorted(names - {CONFIG_NAME, CARD_NAME, *map(weight_file, PARTS), *map(graph_file, PARTS)}):
         raise FileExistsError(f"{folder} holds {', '.join(others[:5])} besides a model; name another folder")
     if names:
         try:

@@ -14,7 +14,8 @@ from bigbigan.config import PARTS, BigBiGANConfig, PreprocessConfig
 from bigbigan.model import BigBiGAN
 from weights_conversion.algebra import Poly
 from weights_conversion.errors import ConversionError
-from weights_conversion.interpret import Interpreter, Value
+from weights_conversion.frames import Value
+from weights_conversion.interpret import Interpreter
 from weights_conversion.layers import LayerTable
 from weights_conversion.match_discriminator import match_discriminator
 from weights_conversion.match_encoder import match_encoder

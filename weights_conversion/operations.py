@@ -15,8 +15,8 @@ MAX_KNOWN = 1 << 10  # arguments up to this size (shapes, paddings, axes) tell t
 
 _BINARY = """Add AddV2 Sub Mul RealDiv Div DivNoNan MulNoNan Maximum Minimum Pow SquaredDifference FloorDiv FloorMod Mod
     Greater GreaterEqual Less LessEqual Equal NotEqual LogicalAnd LogicalOr"""
-_UNARY = """Neg Sqrt Rsqrt Square Exp Log Log1p Tanh Sigmoid Reciprocal Inv Abs Sign Floor Round LogicalNot ZerosLike
-    OnesLike"""
+_UNARY = """Neg Sqrt Rsqrt Square Exp Expm1 Log Log1p Tanh Sigmoid Reciprocal Inv Abs Sign Floor Ceil Round Rint Erf Sin
+    Cos LogicalNot ZerosLike OnesLike"""
 _REDUCTIONS = "Sum Mean Max Min Prod"
 _STRIDED = "begin_mask end_mask ellipsis_mask new_axis_mask shrink_axis_mask"
 
@@ -28,18 +28,23 @@ ALLOWED: dict[str, str] = {
     "Any": "input axis | keep_dims",
     "AddN": "*inputs",
     "AvgPool": "value | ksize strides padding data_format",
+    "BatchToSpaceND": "input block_shape crops",
     "BatchMatMul": "x y | adj_x adj_y",
     "BatchMatMulV2": "x y | adj_x adj_y",
     "BatchMatMulV3": "x y | Tout adj_x adj_y",
     "BiasAdd": "value bias | data_format",
+    "BroadcastArgs": "s0 s1",
     "BroadcastTo": "input shape",
     "Cast": "x | DstT Truncate",
     "ClipByValue": "t clip_value_min clip_value_max",
     "Concat": "concat_dim *values",
     "ConcatV2": "*values axis",
     "Conv2D": "input filter | strides padding explicit_paddings data_format dilations",
+    "Conv2DBackpropInput": "input_sizes filter out_backprop | strides padding explicit_paddings data_format dilations",
+    "DepthwiseConv2dNative": "input filter | strides padding explicit_paddings data_format dilations",
     "DepthToSpace": "input | block_size data_format",
     "Einsum": "*inputs | equation",
+    "Elu": "features",
     "ExpandDims": "input axis",
     "Fill": "dims value",
     "FusedBatchNorm": "x scale offset mean variance | epsilon data_format is_training",
@@ -50,7 +55,10 @@ ALLOWED: dict[str, str] = {
     "InvertPermutation": "x",
     "L2Loss": "t",
     "LeakyRelu": "features | alpha",
+    "LogSoftmax": "logits",
     "MatMul": "a b | transpose_a transpose_b",
+    "MatrixDiag": "diagonal",
+    "MirrorPad": "input paddings | mode",
     "MaxPool": "input | ksize strides padding explicit_paddings data_format",
     "OneHot": "indices depth on_value off_value | axis",
     "Pack": "*values | axis",
@@ -59,18 +67,24 @@ ALLOWED: dict[str, str] = {
     "Range": "start limit delta",
     "Rank": "input",
     "Relu": "features",
+    "Relu6": "features",
     "Reshape": "tensor shape",
+    "ResizeArea": "images size | align_corners",
+    "ResizeBicubic": "images size | align_corners half_pixel_centers",
     "ResizeBilinear": "images size | align_corners half_pixel_centers",
     "ResizeNearestNeighbor": "images size | align_corners half_pixel_centers",
     "ReverseV2": "tensor axis",
     "Select": "condition x y",
     "SelectV2": "condition t e",
+    "Selu": "features",
     "Shape": "input | out_type",
     "ShapeN": "*input | out_type",
     "Size": "input | out_type",
     "Slice": "input begin size",
     "Softmax": "logits",
     "Softplus": "features",
+    "Softsign": "features",
+    "SpaceToBatchND": "input block_shape paddings",
     "SpaceToDepth": "input | block_size data_format",
     "Split": "axis value | num_split",
     "SplitV": "value size_splits axis | num_split",
@@ -85,14 +99,21 @@ ALLOWED: dict[str, str] = {
 _GROWING = {
     *_BINARY.split(), "BatchMatMul", "BatchMatMulV2", "BatchMatMulV3", "BroadcastTo", "Concat", "ConcatV2", "Conv2D",
     "AvgPool", "MaxPool", "Einsum", "Fill", "Gather", "GatherV2", "MatMul", "OneHot", "Pack", "Pad", "PadV2", "Range",
-    "ResizeBilinear", "ResizeNearestNeighbor", "Select", "SelectV2", "Tile",
+    "ResizeArea", "ResizeBicubic", "ResizeBilinear", "ResizeNearestNeighbor", "Select", "SelectV2", "Tile",
+    "Conv2DBackpropInput", "DepthwiseConv2dNative", "MatrixDiag", "MirrorPad", "SpaceToBatchND",
 }  # fmt: skip
 
 IDENTITIES = (
     "Identity", "IdentityN", "StopGradient", "PreventGradient", "Snapshot", "PlaceholderWithDefault", "CheckNumerics",
-    "EnsureShape", "RefIdentity",
+    "EnsureShape", "RefIdentity", "CheckNumericsV2", "DeepCopy", "Copy", "CopyHost", "LoopCond",
 )  # fmt: skip
-NOISE = ("RandomStandardNormal", "StatelessRandomNormal", "StatelessRandomNormalV2")
+FIRST = ("Print",)  # identities of their first input that do something with the others, which is never done here
+# Random draws, and what makes them from draws of N(0, 1), which is what the networks here take.
+NOISE = {
+    "RandomStandardNormal": "", "StatelessRandomNormal": "", "StatelessRandomNormalV2": "",
+    "TruncatedNormal": "truncated_normal", "StatelessTruncatedNormal": "truncated_normal",
+    "RandomUniform": "standard_uniform", "StatelessRandomUniform": "standard_uniform",
+}  # fmt: skip
 SHAPE_ONLY = ("Shape", "ShapeN", "Size", "Rank", "ZerosLike", "OnesLike")  # see no values of their input
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from weights_conversion.algebra import NO_HINT, Hint, Poly, decimal, make, of_layer, same_pads, squeezed
 from weights_conversion.errors import ConversionError, tensorflow
-from weights_conversion.interpret import Constant, Record, Value
+from weights_conversion.frames import Constant, Record, Value
 from weights_conversion.layers import LayerTable, doubled, is_scaled
 from weights_conversion.operations import attribute, evaluate
 from weights_conversion.statistics import denominator, subtracted_mean
