@@ -71,14 +71,15 @@ class BigBiGAN(nn.Module):
         parts: Sequence[str] | None = None,
         info: ModelInfo | None = None,
         graphs: Mapping[str, Graph] | None = None,
+        networks: Mapping[str, nn.Module] | None = None,
     ) -> None:
         super().__init__()
         self.config, self.info = config, info or ModelInfo()
         wanted = select_parts(parts, config.parts, "this architecture")
         for name in PARTS:
-            part, graph = getattr(config, name), (graphs or {}).get(name)
-            make = PART_CLASSES.get(type(part))
-            network = make(part, *([] if graph is None else [graph])) if make is not None and name in wanted else None
+            part, graph, network = getattr(config, name), (graphs or {}).get(name), (networks or {}).get(name)
+            if name in wanted and network is None:
+                network = PART_CLASSES[type(part)](part, *([] if graph is None else [graph]))
             self.add_module(name, network)
 
     @property

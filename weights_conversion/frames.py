@@ -39,6 +39,7 @@ class Record:
     node: Any
     inputs: list[Constant | tuple[Record, int]]
     shapes: list[tuple[int, ...]] = field(default_factory=list)
+    dtypes: list[str] = field(default_factory=list)
 
 
 @dataclass(eq=False)

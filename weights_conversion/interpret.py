@@ -361,7 +361,7 @@ class Interpreter:
     def _output(self, record: Record, tensors: list[Any]) -> list[Value]:
         if not self.recording:
             return [Value(t, Constant(record.name, t)) for t in tensors]
-        record.shapes = [tuple(t.shape) for t in tensors]
+        record.shapes, record.dtypes = [tuple(t.shape) for t in tensors], [t.dtype.name for t in tensors]
         self.records.append(record)
         return [Value(t, None, record, port) for port, t in enumerate(tensors)]
 

@@ -250,7 +250,8 @@ class Variables:
         whole, found, number = name.rpartition("/part_")
         if name in self.keys or not found or not number.isdecimal() or whole not in self.keys:
             return None
-        full, parts = tuple(self._reader.get_variable_to_shape_map()[whole]), []
+        full = tuple(self._reader.get_variable_to_shape_map()[whole])
+        parts: list[tuple[int, ...]] = []
         while (node := self._nodes.get(f"{whole}/part_{len(parts)}")) is not None:
             parts.append(tuple(d.size for d in node.attr["shape"].shape.dim))
         axes = [axis for axis, size in enumerate(full) if any(part[axis : axis + 1] != (size,) for part in parts)]
