@@ -201,7 +201,8 @@ def _plain(function: Callable[..., Tensor], count: int, **attributes: Callable[[
 
 
 UNARY: dict[str, Callable[..., Tensor]] = {
-    "abs": torch.abs, "ceil": torch.ceil, "cos": torch.cos, "erf": torch.erf, "exp": torch.exp, "expm1": torch.expm1,
+    "abs": torch.abs, "ceil": torch.ceil, "cos": torch.cos, "erf": torch.erf, "erfc": torch.erfc,
+    "exp": torch.exp, "expm1": torch.expm1,
     "floor": torch.floor, "log": torch.log, "log1p": torch.log1p, "neg": torch.neg, "reciprocal": torch.reciprocal,
     "relu": F.relu, "relu6": F.relu6, "round": torch.round, "rsqrt": torch.rsqrt, "selu": F.selu,
     "sigmoid": torch.sigmoid, "sign": torch.sign, "sin": torch.sin, "softplus": F.softplus, "softsign": F.softsign,

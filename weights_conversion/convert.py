@@ -193,6 +193,10 @@ def _form(matched: Match, part: str) -> str:
     return "port" if found.form == "port" else f"graph network, because {found.reason}"
 
 
+def _line(text: str) -> str:
+    return " ".join(text.split())[:1000]
+
+
 def _info(source: Source, module: Module, matched: Match, differences: list[Difference], unused: int) -> ModelInfo:
     provenance = {
         "converted_from": source.origin,
@@ -208,10 +212,8 @@ def _info(source: Source, module: Module, matched: Match, differences: list[Diff
         "encode_default_output": matched.default_output,
         "differs_from_preset": _differing(source.name, matched),
         "forms": {part: found.form for part, found in matched.parts.items()},
-        "why_graph": {
-            part: " ".join(f.reason.split())[:1000] for part, f in matched.parts.items() if f.form == "graph"
-        },
-        "left_out": {part: " ".join(reason.split())[:1000] for part, reason in matched.refused.items()},
+        "why_graph": {part: _line(f.reason) for part, f in matched.parts.items() if f.form == "graph"},
+        "left_out": {part: _line(reason) for part, reason in matched.refused.items()},
         "unused_variables": unused,
         "dropped_control_inputs": len(matched.dropped),
         "differences": [

@@ -89,7 +89,9 @@ class _Lowering:
         if first.record is not None:
             return found[id(first.record), first.port]
         assert first.constant is not None and second.constant is not None
-        return self.builder.node(fixed(first.constant, second.constant))
+        node = self.builder.node(fixed(first.constant, second.constant))
+        # A copy: a caller who changes an output must not change the network.
+        return self.builder.emit("scalar", [node], node.shape, node.planar, factor=1.0, term=0.0)
 
     def _step(self, step: Step, found: dict[tuple[int, int], Node]) -> list[Node]:
         record = step.record

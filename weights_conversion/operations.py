@@ -15,8 +15,8 @@ MAX_KNOWN = 1 << 10  # arguments up to this size (shapes, paddings, axes) tell t
 
 _BINARY = """Add AddV2 Sub Mul RealDiv Div DivNoNan MulNoNan Maximum Minimum Pow SquaredDifference FloorDiv FloorMod Mod
     Greater GreaterEqual Less LessEqual Equal NotEqual LogicalAnd LogicalOr"""
-_UNARY = """Neg Sqrt Rsqrt Square Exp Expm1 Log Log1p Tanh Sigmoid Reciprocal Inv Abs Sign Floor Ceil Round Rint Erf Sin
-    Cos LogicalNot ZerosLike OnesLike"""
+_UNARY = """Neg Sqrt Rsqrt Square Exp Expm1 Log Log1p Tanh Sigmoid Reciprocal Inv Abs Sign Floor Ceil Round Rint Erf
+    Erfc Sin Cos LogicalNot ZerosLike OnesLike"""
 _REDUCTIONS = "Sum Mean Max Min Prod"
 _STRIDED = "begin_mask end_mask ellipsis_mask new_axis_mask shrink_axis_mask"
 
