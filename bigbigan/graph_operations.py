@@ -52,7 +52,7 @@ def _several(check: Callable[[Any, str], None], fewest: int, most: int) -> Calla
 
 
 def _number(value: Any, where: str) -> None:
-    require(type(value) in (int, float) and abs(value) < 1e38, f"{where} is {str(value)[:60]!r}, not a number")
+    require(type(value) in (int, float) and abs(value) < 3.5e38, f"{where} is {str(value)[:60]!r}, not a number")
 
 
 def _flag(value: Any, where: str) -> None:
@@ -155,6 +155,9 @@ def _gather(context: Context, x: Tensor, *, axis: int, indices: list[int]) -> Te
 
 def _pad(context: Context, x: Tensor, *, margins: list[list[int]], value: float) -> Tensor:
     require(len(margins) == x.ndim, f"pad has {len(margins)} margins for {x.ndim} axes")
+    if x.dtype.is_floating_point:  # the least float32, as before a max-pool, is beyond float16
+        limits = torch.finfo(x.dtype)
+        value = min(max(value, limits.min), limits.max)
     return F.pad(x, [n for pair in reversed(margins) for n in pair], value=value)
 
 

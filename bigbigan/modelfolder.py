@@ -322,7 +322,7 @@ def _plain_state(model: BigBiGAN, part: str) -> dict[str, Tensor]:
     network, config = getattr(model, part), getattr(model.config, part)
     state = network.state_dict()
     if isinstance(network, GraphNetwork):
-        network.check()
+        network.check(config)
         wanted = {f"constants.{name}": shape for name, shape in network.graph.constants.items()}
     else:
         with torch.device("meta"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass
 
 import torch
@@ -124,11 +125,11 @@ class _Lowering:
         return results
 
     def _noise(self, step: Step) -> Node:
-        if -1 not in (sizes := list(step.shape)) or min(sizes) != -1 or sizes.count(-1) > 1:
+        sizes = list(step.shape)
+        batch = next((i for i, n in enumerate(sizes) if n < 0), -1)
+        if batch < 0 or any(n != 1 for n in sizes[:batch]) or min(sizes[batch + 1 :], default=1) < 1:
             raise ConversionError(f"{describe(step.record)}: it does not draw noise for each image")
-        width = 1
-        for n in sizes:
-            width *= abs(n)
+        width = math.prod(map(abs, sizes))
         node = self.builder.emit("input", [], (-1, width), False, name="noise")
         return self.builder.reshape(node, step.shape)
 

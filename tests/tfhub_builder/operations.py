@@ -178,7 +178,7 @@ def py_func(good: Path, path: Path) -> Path:
     return edit(good, path, splice("generate", "default", touch))
 
 
-@hostile()
+@hostile("consistent")
 def print_identity(good: Path, path: Path) -> Path:
     return edit(good, path, splice("generate", "default", lambda x: tf.compat.v1.Print(x, [x], "printed")))
 

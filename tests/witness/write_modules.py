@@ -47,10 +47,8 @@ def spectral(getter, name, *args, **kwargs):
     if not name.endswith("/w"):
         return weight
     shape = weight.shape.as_list()
-    u = tf.get_variable(
-        name.split("/")[-2] + "_u0", [1, shape[-1]], initializer=tf.random_normal_initializer(), trainable=False,
-        custom_getter=lambda g, *a, **k: g(*a, **k),
-    )  # fmt: skip
+    own = dict(kwargs, shape=[1, shape[-1]], initializer=tf.random_normal_initializer(), trainable=False)
+    u = getter(name + "_u0", **own)
     flat = tf.transpose(tf.reshape(weight, [-1, shape[-1]]))
 
     def step(i, u):
@@ -69,10 +67,6 @@ def spectral(getter, name, *args, **kwargs):
 class Net(snt.AbstractModule):
     """What all networks share."""
 
-    def __init__(self, name):
-        getter = spectral if has("spectral") else None
-        super(Net, self).__init__(name=name, custom_getter=getter)
-
     def norm(self, x, training, name):
         return snt.BatchNorm(scale=True, fused=has("fused") and len(x.shape) == 4, name=name)(
             x, is_training=training, test_local_stats=False
@@ -84,7 +78,7 @@ class Net(snt.AbstractModule):
         return tf.Print(y, [tf.reduce_mean(y)], "mean") if has("print") else y
 
     def linear(self, x, size, name):
-        partitioners = {"w": tf.fixed_size_partitioner(2, axis=1)} if has("partitioned") and size > 1 else None
+        partitioners = {"w": tf.fixed_size_partitioner(2, axis=0)} if has("partitioned") and size > 1 else None
         return snt.Linear(size, partitioners=partitioners, name=name)(x)
 
     def act(self, x):
@@ -194,14 +188,21 @@ class Discriminator(Net):
         }
 
 
+NETWORKS = ((Generator, "generator"), (Encoder, "encoder"), (Discriminator, "discriminator"))
+
+
 def module_fn(is_training):
     use = has("resource")
-    with tf.variable_scope("", use_resource=use):
+    with tf.variable_scope("", use_resource=use, custom_getter=spectral if has("spectral") else None):
         training = tf.placeholder_with_default(is_training, [], "training") if has("cond") else is_training
-        generator, encoder, discriminator = Generator("generator"), Encoder("encoder"), Discriminator("discriminator")
+        generator, encoder, discriminator = (n(name=s) for n, s in NETWORKS)
         z = tf.placeholder(tf.float32, [None, Z], "z")
         image = generator(z, training)
-        large = tf.image.resize_bicubic(image, [LARGE] * 2) if has("bicubic") else tf.image.resize_bilinear(image, [LARGE] * 2)
+        large = (
+            tf.image.resize_bicubic(image, [LARGE] * 2)
+            if has("bicubic")
+            else tf.image.resize_bilinear(image, [LARGE] * 2)
+        )
         hub.add_signature("generate", {"z": z}, {"default": image, "upsampled": large})
         x = tf.placeholder(tf.float32, [None, LARGE, LARGE, 3], "x")
         outputs = encoder(x, training)
@@ -225,7 +226,7 @@ def randomize(session, variables, rng):
         elif "gamma" in name:
             value = rng.uniform(0.7, 1.3, shape)
         elif len(shape) >= 2:
-            value = rng.normal(0, 1.2 / np.sqrt(np.prod(shape[:-1])), shape)
+            value = rng.normal(0, 0.8 / np.sqrt(np.prod(shape[:-1])), shape)
         else:
             value = rng.normal(0, 0.2, shape)
         variable.load(value.astype(variable.dtype.base_dtype.as_numpy_dtype), session)
@@ -237,7 +238,7 @@ def main(folder, spelling):
     spec = hub.create_module_spec(
         module_fn,
         tags_and_args=[(set(), {"is_training": False}), ({"train"}, {"is_training": True})],
-        drop_collections=["moving_vars"],
+        drop_collections=["sonnet", "moving_average_variables"],
     )
     arrays = {}
     with tf.Graph().as_default(), tf.Session() as session:
@@ -261,12 +262,13 @@ def main(folder, spelling):
                     continue
                 inputs = {key: value.astype(np.float32) for key, value in inputs.items()}
                 before = set(session.graph.get_operations())
-                outputs = module({key: tf.constant(value) for key, value in inputs.items()}, signature, as_dict=True)
+                tensors = {key: tf.constant(value) for key, value in inputs.items()}
+                outputs = module(tensors, signature=signature, as_dict=True)
                 new = [op for op in session.graph.get_operations() if op not in before]
                 feeds = {}
                 for op in new:
-                    if op.type == "RandomStandardNormal" and signature == "encode":
-                        feeds[op.outputs[0]] = noise.reshape((1, count, Z))
+                    if op.type == "RandomStandardNormal" and "MultivariateNormal" in op.name:
+                        feeds[op.outputs[0]] = noise.reshape(-1)  # as this release draws it
                 values = session.run(outputs, feeds)
                 for key, value in inputs.items():
                     arrays["%d/%s/in/%s" % (count, signature, key)] = value
