@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from bigbigan.config import BigBiGANConfig, DiscriminatorConfig
+from bigbigan.config import BigBiGANConfig, DiscriminatorConfig, GraphConfig
 
 if TYPE_CHECKING:
     from bigbigan.model import BigBiGAN
@@ -44,6 +44,7 @@ def model_card(model: BigBiGAN, where: str = "path/to/this/folder") -> str:
         "```python\n" + "\n".join(code) + "\n```",
         _table(("File", "Values", "Type", "Size"), parts),
         "`config.json` has the architecture, and the size and SHA-256 of each file; loading checks them.",
+        *_graphs(model),
         f"**Source:** {_line(info.source) or 'not stated'}\n\n**License:** {_line(info.license) or 'not stated'}",
     ]
     tables = {key: value for key, value in info.provenance.items() if _is_table(value)}
@@ -52,6 +53,17 @@ def model_card(model: BigBiGAN, where: str = "path/to/this/folder") -> str:
     for key, rows in tables.items():  # such as a converted model's differences to its source, output by output
         sections += [f"### {_line(key)}", _table(tuple(rows[0]), [tuple(map(str, row.values())) for row in rows])]
     return "\n\n".join(sections) + "\n"
+
+
+def _graphs(model: BigBiGAN) -> list[str]:
+    parts = [part for part in model.parts if isinstance(getattr(model.config, part), GraphConfig)]
+    if not parts:
+        return []
+    files = ", ".join(f"`{part}.graph.json`" for part in parts)
+    return [
+        f"Graph networks: {', '.join(parts)} (operations in {files}). They run the operations of the module that they "
+        "were converted from, and cannot be trained by a recipe, fused, or used at other resolutions."
+    ]
 
 
 def _method(config: BigBiGANConfig) -> tuple[str, str, str]:

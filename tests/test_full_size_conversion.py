@@ -32,7 +32,8 @@ report()
 CONVERT = """
 from bigbigan.cli import main
 pictures = sorted(Path(photos).rglob("*.jp*g"))[:4] if photos else []
-code = main(["convert", module, "-o", output, "--form", form, *(word for path in pictures for word in ("--image", str(path)))])
+options = ["-o", output, "--form", form]
+code = main(["convert", module, *options, *(word for path in pictures for word in ("--image", str(path)))])
 report(code=code)
 """
 COMPARE = """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +158,17 @@ def test_a_missing_signature_costs_its_own_network(good: Path, tmp_path: Path) -
     assert model.parts == ("generator",)
     left_out = model.info.provenance["left_out"]
     assert "avepool_feat" in left_out["encoder"] and "no signature 'discriminate'" in left_out["discriminator"]
+
+
+def test_channels_first(good: Path, tmp_path: Path) -> None:
+    """TensorFlow does not run this on CPUs: the module with channels last holds the same function."""
+    module.build_module(tmp_path / "module", replace(variants.PLAIN, departures=("channels_first",)))
+    made = conversion.convert(tmp_path / "module", tmp_path / "out", report=lambda text: None)
+    model = bigbigan.load(made)
+    assert set(model.info.provenance["forms"].values()) == {"graph"}
+    check(good, variants.PLAIN, model, 2e-5, counts=(2,))
+    steps = [step.op for step in model.encoder.graph.operations]
+    assert "permute" not in steps, "channels come first in torch as well"
 
 
 def test_inspection_shows_a_graph_that_is_not_the_ports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from attacks.harness import run_children
+from fake_hub import FakeHub
 
 import bigbigan
 from bigbigan import graph as graphs
@@ -213,6 +217,21 @@ def test_onnx(folder: Path, tmp_path: Path) -> None:
     reports = export_onnx(bigbigan.load(folder), tmp_path)  # with a max-pool padded on one side
     assert [report.part for report in reports] == ["generator", "encoder", "discriminator"]
     assert max(report.difference for report in reports) < 1e-5
+
+
+def test_push_and_load_from_the_hub(folder: Path, tmp_path: Path) -> None:
+    with FakeHub() as server:
+        names = {"HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path), "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": "hf_x"}
+        for arguments in (["push", str(folder), "org/mine"], ["generate", "org/mine", "-o", str(tmp_path / "a.png")]):
+            command = [sys.executable, "-m", "bigbigan", *arguments]
+            done = subprocess.run(command, env={**os.environ, **names}, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+        repository = server.repositories["org/mine"]
+        files = repository.commits[repository.refs["main"]]
+    assert {"encoder.graph.json", "encoder.safetensors"} < set(files)
+    assert b"Graph networks: generator, encoder, discriminator" in files["README.md"]
+    cached = {path.name for path in tmp_path.rglob("snapshots/*/*")}
+    assert cached == {"config.json", "generator.graph.json", "generator.safetensors"}
 
 
 def test_what_a_graph_network_cannot_do_is_one_sentence(folder: Path) -> None:

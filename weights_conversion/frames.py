@@ -128,8 +128,8 @@ class Frame:
                 found.append(other)
         return found, len(seen)
 
-    def loop_variables(self, name: str) -> set[str]:
-        """The merges of a loop of TensorFlow 1 that a node of its body reads."""
+    def loop_variables(self, name: str) -> tuple[set[str], int]:
+        """The merges of a loop of TensorFlow 1 that a node of its body reads; how many nodes were looked at."""
         found: set[str] = set()
         stack, seen = [name], {name}
         while stack:
@@ -144,7 +144,7 @@ class Frame:
                 sources = self._entering(sources[0])
             stack += [source for source in sources if source not in seen]
             seen.update(sources)
-        return found
+        return found, len(seen)
 
     def _entering(self, name: str) -> list[str]:
         """What enters the loop that a switch of its belongs to."""

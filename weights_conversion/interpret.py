@@ -195,7 +195,7 @@ class Interpreter:
             raise ConversionError(f"node {node.name!r} ({node.op}) does not end a loop that can be evaluated")
         following: dict[str, Output] = {}  # by the merge of each variable that matters
         state: dict[str, Value] = {}
-        new = {merge[0], *frame.loop_variables(condition[0])}
+        new = {merge[0], *self._loop_variables(frame, condition[0])}
         while new:
             for name in sorted(new):
                 first, again = frame.sources(frame.nodes[name])
@@ -205,7 +205,7 @@ class Interpreter:
                 state[name] = yield frame.sources(frame.nodes[first[0]])[0]
                 if state[name] is DEAD:
                     return DEAD
-            new = {m for source, _ in following.values() for m in frame.loop_variables(source)} - set(following)
+            new = {m for source, _ in following.values() for m in self._loop_variables(frame, source)} - set(following)
         for _ in range(MAX_ITERATIONS):
             self._count_step()
             inner = Frame(frame.nodes, frame.functions, dict(state), parent=frame)
@@ -215,14 +215,22 @@ class Interpreter:
             state = dict(zip(following, values, strict=True))
         raise ConversionError(f"node {node.name!r} ({node.op}) ends a loop of more than {MAX_ITERATIONS} iterations")
 
+    def _loop_variables(self, frame: Frame, name: str) -> set[str]:
+        found, count = frame.loop_variables(name)
+        self._count_walk(frame.nodes[name], count)
+        return found
+
+    def _count_walk(self, node: Any, count: int) -> None:
+        self.walked += count
+        if self.walked > MAX_WALKED:
+            raise ConversionError(f"node {node.name!r} ({node.op}) and others before it hang on too many edges")
+
     def _written(self, frame: Frame, node: Any) -> Generator[Output, Value, Value | None]:
         """For a read of a variable: what an assignment has put there just before; None if there is none."""
         if node.op != "ReadVariableOp" and not (node.op in IDENTITIES and frame.op(frame.variable(node)) in VARIABLES):
             return None
         (found, count), alive = frame.assignments(node), []
-        self.walked += count
-        if self.walked > MAX_WALKED:
-            raise ConversionError(f"node {node.name!r} ({node.op}) and others before it hang on too many control edges")
+        self._count_walk(node, count)
         for other in found:
             for source in (*frame.gates(other), frame.sources(other)[0]):
                 if (yield source) is DEAD:

@@ -95,6 +95,10 @@ ALLOWED: dict[str, str] = {
     "Unpack": "value | num axis",
 }
 
+_IMAGES = {
+    "AvgPool", "Conv2D", "DepthToSpace", "DepthwiseConv2dNative", "FusedBatchNorm", "FusedBatchNormV2",
+    "FusedBatchNormV3", "MaxPool", "SpaceToDepth",
+}  # fmt: skip
 # Results of all others hold at most as many values as their arguments.
 _GROWING = {
     *_BINARY.split(), "BatchMatMul", "BatchMatMulV2", "BatchMatMulV3", "BroadcastTo", "Concat", "ConcatV2", "Conv2D",
@@ -164,6 +168,8 @@ def evaluate(node: Any, inputs: list[Any]) -> list[Any]:
         raise ConversionError(
             f"node {node.name!r} is a {node.op!r}, which is not among the numeric operations that a module may use"
         )
+    if node.op in _IMAGES and attribute(node, "data_format") == "NCHW":
+        return _channels_first(node, inputs)
     arguments, _, attributes = ALLOWED[node.op].partition("|")
     names = arguments.split()
     extra = len(inputs) - len(names)
@@ -190,6 +196,22 @@ def evaluate(node: Any, inputs: list[Any]) -> list[Any]:
         text = " ".join(str(error).split())[:300]
         raise ConversionError(f"node {node.name!r} ({node.op}) cannot be evaluated: {text}") from error
     return list(result) if isinstance(result, list | tuple) else [result]
+
+
+def _channels_first(node: Any, inputs: list[Any]) -> list[Any]:
+    """Outputs of an operation on [N, C, H, W], by its twin on [N, H, W, C], which is all that CPUs have."""
+    tf, twin = tensorflow(), type(node)()
+    twin.CopyFrom(node)
+    twin.attr["data_format"].s = b"NHWC"
+    for name, width in (("strides", 1), ("ksize", 1), ("dilations", 1), ("explicit_paddings", 2)):
+        values = list(node.attr[name].list.i) if name in node.attr else []
+        if len(values) == 4 * width:
+            groups = [values[i : i + width] for i in range(0, len(values), width)]
+            twin.attr[name].list.i[:] = [n for i in (0, 2, 3, 1) for n in groups[i]]
+    if len(inputs[0].shape) != 4:
+        raise ConversionError(f"node {node.name!r} ({node.op}) takes {len(inputs[0].shape)} axes")
+    first, *others = evaluate(twin, [tf.transpose(inputs[0], [0, 2, 3, 1]), *inputs[1:]])
+    return [tf.transpose(first, [0, 3, 1, 2]), *others]
 
 
 def _check_size(node: Any, function: Any, kwargs: dict[str, Any]) -> None:

@@ -172,7 +172,10 @@ class Writer:
             half = self.departs("bfloat16") and self.path[1] in ("Generator", "F")
             if half:
                 x, weight = tf.cast(x, tf.bfloat16), tf.cast(weight, tf.bfloat16)
-            if self.departs("dilated") and kernel == 3 and stride == 1 and size >= 8:
+            if self.departs("channels_first"):  # which TensorFlow itself does not run on CPUs
+                y = tf.pad(tf.transpose(x, [0, 3, 1, 2]), [[0, 0], [0, 0], pads, pads])
+                y = tf.transpose(tf.nn.conv2d(y, weight, stride, "VALID", data_format="NCHW"), [0, 2, 3, 1])
+            elif self.departs("dilated") and kernel == 3 and stride == 1 and size >= 8:
                 blocks = tf.space_to_batch(x, [2, 2], [[2, 2], [2, 2]])
                 y = tf.batch_to_space(tf.nn.conv2d(blocks, weight, 1, "VALID"), [2, 2], [[0, 0], [0, 0]])
                 y.set_shape([None, size, size, outputs])
