@@ -83,7 +83,7 @@ class Match:
         Raises:
             ConversionError: the networks do not fit together.
         """
-        configs = {part: self.parts[part].config if part in parts else None for part in PARTS}
+        configs = {part: self.parts[part].config if part in parts else None for part in PART_SIGNATURES}
         reads = configs["encoder"] or configs["discriminator"]
         preprocess = PreprocessConfig(reads.resolution) if reads else PreprocessConfig()
         try:

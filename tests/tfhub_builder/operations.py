@@ -74,7 +74,7 @@ def cyclic_restore(good: Path, path: Path) -> Path:
     return edit(good, path, change)
 
 
-@hostile()
+@hostile("refuse_port")
 def doubled_sums(good: Path, path: Path) -> Path:
     """Two to the power of 60 terms, if sums are cut term by term."""
 
@@ -86,7 +86,7 @@ def doubled_sums(good: Path, path: Path) -> Path:
     return edit(good, path, splice("generate", "default", double))
 
 
-@hostile()
+@hostile("refuse_port")
 def wide_constants(good: Path, path: Path) -> Path:
     """300 to the power of 4 ways from a factor to where it comes from."""
 
