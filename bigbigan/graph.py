@@ -67,6 +67,14 @@ class Graph:
         body = ",\n".join(lines)
         return (json.dumps(head, sort_keys=True)[:-1] + ', "operations": [\n' + body + "\n]}\n").encode()
 
+    def behind(self, *outputs: str) -> set[Reference]:
+        """The operations, inputs and constants that some outputs depend on."""
+        found: set[Reference] = {self.outputs[name] for name in outputs}
+        for i in reversed(range(len(self.operations))):
+            if i in found:
+                found.update(self.operations[i].inputs)
+        return found
+
     @property
     def sha256(self) -> str:
         return hashlib.sha256(self.text()).hexdigest()
@@ -152,6 +160,9 @@ def check_graph(graph: Graph, config: GraphConfig, where: str) -> None:
         wanted = {"default": image, **({"upsampled": large} if "upsampled" in graph.outputs else {})}
         plain = "upsampled" in graph.outputs or config.upsample_size == config.resolution
         require(plain, f"{where} has no output 'upsampled' of {config.upsample_size} pixels")
+        for name, other in (("default", "image"), ("upsampled", "z")):
+            apart = name not in graph.outputs or other not in graph.behind(name)
+            require(apart, f"{where}: output {name!r} depends on {other!r}, which is not there when it is made")
     elif isinstance(config, GraphEncoderConfig):
         inputs, optional = {"x": image, "noise": latent}, {"noise"}
         wanted = {**dict.fromkeys(LATENTS, latent), FEATURES[0]: (config.num_features,)}
@@ -267,10 +278,7 @@ class GraphNetwork(nn.Module, Pretrained):
     def _plan(self, outputs: tuple[str, ...]) -> list[tuple[int, Operation, list[int]]]:
         """The operations that these outputs need, and what can be freed after each."""
         if outputs not in self._plans:
-            needed: set[Reference] = {self.graph.outputs[name] for name in outputs}
-            for i in reversed(range(len(self.graph.operations))):
-                if i in needed:
-                    needed.update(self.graph.operations[i].inputs)
+            needed = self.graph.behind(*outputs)
             steps = [(i, operation) for i, operation in enumerate(self.graph.operations) if i in needed]
             ends = {n: i for i, operation in steps for n in operation.inputs if type(n) is int}
             kept = {self.graph.outputs[name] for name in outputs}

@@ -342,6 +342,12 @@ def test_damaged_and_missing_graphs(folder: Path, tmp_path: Path) -> None:
         bigbigan.load(made)
 
 
+def test_an_output_that_needs_what_is_not_there_is_refused(folder: Path, tmp_path: Path) -> None:
+    made = changed(folder, tmp_path, put(0, inputs=["image", "c0_seed"]), part="generator")
+    with pytest.raises(ConfigError, match="output 'default' depends on 'image'"):
+        bigbigan.load(made)
+
+
 def test_a_graph_survives_its_text() -> None:
     for graph in (generator_graph(), encoder_graph(), discriminator_graph()):
         again = parse_graph(graph.text(), "x")

@@ -47,12 +47,21 @@ def change(document: Any, rng: random.Random) -> None:
     owner = document
     for key in path[:-1]:
         owner = owner[key]
-    key, kind = path[-1], rng.choice(("value", "value", "operation", "copy", "delete", "double", "near"))
-    from bigbigan.graph_operations import OPERATIONS
+    key = path[-1]
+    kind = rng.choice(("value", "value", "operation", "similar", "rewire", "copy", "delete", "double", "near"))
+    from bigbigan.graph_operations import BINARY, OPERATIONS, UNARY
 
-    if kind == "operation" and "operations" in document:
-        step = rng.choice(document["operations"])
-        if isinstance(step, dict):
+    steps = document.get("operations")
+    steps = [step for step in steps if isinstance(step, dict)] if isinstance(steps, list) else []
+    if kind in ("operation", "similar", "rewire") and steps:
+        step = rng.choice(steps)
+        alike = next((names for names in (UNARY, BINARY) if step.get("op") in names), None)
+        if kind == "similar" and alike:
+            step["op"] = rng.choice(sorted(alike))
+        elif kind == "rewire" and isinstance(step.get("inputs"), list) and step["inputs"]:
+            other = rng.choice((rng.randrange(len(steps)), rng.randrange(len(steps)), "x", "z", "noise", "image"))
+            step["inputs"][rng.randrange(len(step["inputs"]))] = other
+        else:
             step["op"] = rng.choice(sorted(OPERATIONS))
             if rng.random() < 0.5 and isinstance(document["operations"], list):
                 step["attributes"] = {
@@ -118,7 +127,7 @@ class Attack:
             document = json.loads(path.read_text())
             for _ in range(rng.choice((1, 1, 1, 2, 4))):
                 change(document, rng)
-                if not isinstance(document, dict) or not document.get("operations"):
+                if not document:
                     break
             path.write_text(json.dumps(document))
         if rng.random() < 0.95:
