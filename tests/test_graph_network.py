@@ -331,7 +331,7 @@ def test_damaged_and_missing_graphs(folder: Path, tmp_path: Path) -> None:
     for content, message in (
         (data[:-3], "damaged, or belongs to another model"),
         (b"version https://git-lfs.github.com/spec/v1", "git lfs pull"),
-        (b" " * (graphs.MAX_BYTES + 1), "is larger than"),
+        (b" " * (graphs.MAX_GRAPH_BYTES + 1), "is larger than"),
     ):
         path.write_bytes(content)
         with pytest.raises(ConfigError, match=message):
