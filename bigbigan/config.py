@@ -70,7 +70,10 @@ class GeneratorConfig:
     shared_dim: int = 128  # training only: the learned vector in place of a class embedding; 0 trains plain biases
     attention_resolution: int = 64  # the side of the block it follows; 0, or a side that no block has: none
     bn_eps: float = 1e-4  # as in DeepMind's released BigGAN
-    upsample_mode: Literal["nearest", "bilinear", "bilinear-aligned", "bilinear-asymmetric"] = "bilinear"
+    upsample_mode: Literal[
+        "nearest", "bilinear", "bilinear-aligned", "bilinear-asymmetric",
+        "bicubic", "bicubic-aligned", "bicubic-asymmetric",
+    ] = "bilinear"  # fmt: skip
     upsample_size: int = 256  # side of `upsampled`
 
     def __post_init__(self) -> None:
@@ -242,6 +245,65 @@ class MLPDiscriminatorConfig(_MLPPart):
 
 
 @dataclass(frozen=True)
+class GraphConfig:
+    """What all networks in graph form share; the network itself is `<part>.graph.json` (see `bigbigan.graph`)."""
+
+    resolution: int
+    image_channels: int
+    z_dim: int
+    sha256: str  # of the graph's file
+    architecture: Literal["graph"] = "graph"
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        check_range(self, 2, 4096, "resolution")
+        check_range(self, 1, 4, "image_channels")
+        check_range(self, 1, 4096, "z_dim")
+        fits = len(self.sha256) == 64 and set(self.sha256) <= set("0123456789abcdef")
+        require(fits, f"{type(self).__name__}.sha256 is {self.sha256[:80]!r}; expected 64 hexadecimal digits")
+
+
+@dataclass(frozen=True)
+class GraphGeneratorConfig(GraphConfig):
+    """Generator in graph form."""
+
+    prior: ClassVar[Literal["normal"]] = "normal"
+    upsample_size: int = 256  # side of `upsampled`; the resolution itself if the graph has no such output
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_range(self, self.resolution, 4096, "upsample_size")
+
+
+@dataclass(frozen=True)
+class GraphEncoderConfig(GraphConfig):
+    """Encoder in graph form."""
+
+    output: Literal["stochastic", "deterministic"] = "stochastic"  # whether z_sample takes noise
+    num_features: int = 2048
+    spectral_norm: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_range(self, 1, 1 << 20, "num_features")
+
+
+@dataclass(frozen=True)
+class GraphDiscriminatorConfig(GraphConfig):
+    """Discriminator in graph form."""
+
+    scores: tuple[Literal["x", "z", "xz"], ...] = ("x", "z", "xz")
+    rotation_head: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(
+            bool(self.scores) and len(set(self.scores)) == len(self.scores),
+            f"GraphDiscriminatorConfig.scores is {self.scores}; name one or more of x, z, xz, each once",
+        )
+
+
+@dataclass(frozen=True)
 class PreprocessConfig:
     """From a picture to the encoder's input: crop, scale to `size`, pad by `pad`, map uint8 to [-1, 1]."""
 
@@ -265,9 +327,11 @@ class PreprocessConfig:
 class BigBiGANConfig:
     """A whole model; a part may be absent."""
 
-    generator: GeneratorConfig | MLPGeneratorConfig | None = GeneratorConfig()
-    encoder: EncoderConfig | MLPEncoderConfig | None = EncoderConfig()
-    discriminator: DiscriminatorConfig | MLPDiscriminatorConfig | None = DiscriminatorConfig()
+    generator: GeneratorConfig | MLPGeneratorConfig | GraphGeneratorConfig | None = GeneratorConfig()
+    encoder: EncoderConfig | MLPEncoderConfig | GraphEncoderConfig | None = EncoderConfig()
+    discriminator: DiscriminatorConfig | MLPDiscriminatorConfig | GraphDiscriminatorConfig | None = (
+        DiscriminatorConfig()
+    )
     preprocess: PreprocessConfig = PreprocessConfig()
 
     def __post_init__(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from bigbigan import hub, modelfolder
 from bigbigan.arrays import as_dtype, seeded
 from bigbigan.config import BigBiGANConfig, ModelInfo, select_parts
 from bigbigan.fused import fuse as fuse_part
+from bigbigan.graph import Graph, read_graph
 from bigbigan.images import ImageLike
 from bigbigan.layers import Initializer, initialize
 from bigbigan.model import BigBiGAN
@@ -111,8 +112,9 @@ def load_folder(
     dtype, folder = as_dtype(dtype), Path(folder)
     described = modelfolder.read_config(folder)
     wanted = select_parts(parts, described.files, folder)
+    graphs = read_graphs(folder, wanted, described.config)
     with torch.device("meta"):
-        model = BigBiGAN(described.config, wanted, described.info)
+        model = BigBiGAN(described.config, wanted, described.info, graphs)
     for part in wanted:
         modelfolder.check_part(folder, part, modelfolder.shapes_of(model.part(part).state_dict()), described.config)
     if verify:
@@ -124,6 +126,15 @@ def load_folder(
         if fuse:
             fuse_part(model.part(part).eval())
     return model.eval()
+
+
+def read_graphs(folder: Path, parts: Iterable[str], config: BigBiGANConfig) -> dict[str, Graph]:
+    """The graphs of those parts of a model folder that are in graph form.
+
+    Raises:
+        ConfigError: as `bigbigan.graph.read_graph`.
+    """
+    return {part: read_graph(folder, part, getattr(config, part)) for part in modelfolder.graph_parts(config, parts)}
 
 
 def list_models(pattern: str = "*", *, pretrained: bool | None = None) -> list[str]:

@@ -75,17 +75,41 @@ class Generator(nn.Module, Pretrained):
         size, mode = self.config.upsample_size, self.config.upsample_mode
         if mode == "nearest":
             return F.interpolate(images, size=(size, size), mode="nearest")
-        if mode == "bilinear-asymmetric":  # TensorFlow 1's default: source = target * scale, no half-pixel offset
-            matrix = _asymmetric_matrix(images.shape[-1], size).to(images)  # [size, S]
+        if mode == "bilinear-asymmetric" or mode.startswith("bicubic"):
+            matrix = _resize_matrix(images.shape[-1], size, mode).to(images)  # [size, S]
             return matrix @ images @ matrix.t()
         return F.interpolate(images, size=(size, size), mode="bilinear", align_corners=mode == "bilinear-aligned")
 
 
-def _asymmetric_matrix(inputs: int, outputs: int) -> Tensor:
-    """[outputs, inputs] weights of bilinear interpolation along one axis, corners at the origin."""
-    position = torch.arange(outputs, dtype=torch.float64) * inputs / outputs
-    low = position.floor().long().clamp(max=inputs - 1)
-    high = (low + 1).clamp(max=inputs - 1)
-    weight = (position - low)[:, None]
+def _resize_matrix(inputs: int, outputs: int, mode: str) -> Tensor:
+    """[outputs, inputs] weights of TensorFlow's interpolation along one axis.
+
+    "asymmetric" has the corners at the origin, as TensorFlow 1 has by default; "aligned" has corner on corner; neither
+    word means half-pixel centres, for which TensorFlow takes another cubic and leaves out what lies outside.
+    """
+    kind, _, corners = mode.partition("-")
+    target = torch.arange(outputs, dtype=torch.float32)  # TensorFlow's precision, which decides ties in its table
+    ratio = torch.tensor(inputs - 1.0) / max(outputs - 1, 1) if corners == "aligned" else torch.tensor(inputs) / outputs
+    position = target * ratio if corners else (target + 0.5) * ratio - 0.5
+    low = position.floor()
+    fraction = (position - low).double()
+    if kind == "bilinear":
+        taps, weights = [0, 1], [1 - fraction, fraction]
+    else:
+        fraction = (fraction * 1024).round() / 1024  # TensorFlow looks its weights up in a table
+        taps, a = [-1, 0, 1, 2], -0.75 if corners else -0.5
+        weights = [_cubic((fraction - tap).abs(), a) for tap in taps]
+    index = low.long()[:, None] + torch.tensor(taps)  # [outputs, taps]
+    weight = torch.stack(weights, dim=1)
+    if kind == "bicubic" and not corners:
+        weight = weight * ((index >= 0) & (index < inputs))
+        weight = weight / weight.sum(dim=1, keepdim=True)
     eye = torch.eye(inputs, dtype=torch.float64)
-    return eye[low] * (1 - weight) + eye[high] * weight
+    return (eye[index.clamp(0, inputs - 1)] * weight[..., None]).sum(dim=1)
+
+
+def _cubic(x: Tensor, a: float) -> Tensor:
+    """Keys' kernel at distances of 0 to 2."""
+    near = ((a + 2) * x - (a + 3)) * x * x + 1
+    far = ((x - 5) * x + 8) * x * a - 4 * a
+    return torch.where(x <= 1, near, far)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from bigbigan import integrity, modelfolder
-from bigbigan.config import PARTS, BigBiGANConfig, ModelInfo, select_parts
+from bigbigan.config import PARTS, BigBiGANConfig, GraphConfig, ModelInfo, select_parts
 from bigbigan.integrity import WeightsError, cache_dir
 from bigbigan.modelcard import model_card
 from bigbigan.presets import EMBEDDED, PRESETS, HubEntry, get_preset, normalize
@@ -160,6 +160,10 @@ def _from_hub(source: _Repository, entry: HubEntry | None, parts: Sequence[str] 
     if COMMIT.fullmatch(folder.name):  # a branch may move between two downloads
         source = replace(source, revision=folder.name)
     for part in select_parts(parts, described.files, source.repo_id):
+        if isinstance(graph := getattr(described.config, part), GraphConfig):
+            path = _download(source, modelfolder.graph_file(part))
+            with _discarding(path, config_path):
+                modelfolder.read_graph_file(folder, part, graph)
         path, file = _download(source, modelfolder.weight_file(part)), described.files[part]
         # The wrong one of the two may be config.json: a branch that moved between the client's two requests for it
         # leaves one commit's file under another's name.
@@ -258,6 +262,7 @@ def push_to_hub(
     info: ModelInfo,
     states: Mapping[str, modelfolder.State],
     *,
+    graphs: Mapping[str, bytes] | None = None,
     token: str | bool | None = None,
     private: bool = False,
     commit_message: str = "Upload BigBiGAN model",
@@ -276,12 +281,14 @@ def push_to_hub(
     api = HfApi(token=token)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "model"
-        modelfolder.save_folder(folder, config, info, states, card=model_card(config, info, states, repo_id))
+        card = model_card(config, info, states, repo_id)
+        modelfolder.save_folder(folder, config, info, states, graphs=graphs, card=card)
         names = sorted(path.name for path in folder.iterdir())
         try:
             url = str(api.create_repo(repo_id, private=private, exist_ok=True))
             present = api.list_repo_files(repo_id, revision=revision)
-            stale = [name for name in map(modelfolder.weight_file, PARTS) if name in present and name not in names]
+            known = [name for part in PARTS for name in (modelfolder.weight_file(part), modelfolder.graph_file(part))]
+            stale = [name for name in known if name in present and name not in names]
             # Not `upload_folder`: it may split an upload into several commits.
             api.create_commit(
                 repo_id,

@@ -184,7 +184,8 @@ def verify_file(path: Path, size: int, sha256: str, *, remember: bool = True) ->
             f"{path} has sha256 {digest.hexdigest()}, config.json says {sha256}: the file is damaged or another one; "
             "download or write it again"
         )
-    with safe_open(path, framework="pt") as tensors:
+    # A caller's `with torch.device("meta")` would reach the tensors in older versions of torch.
+    with torch.device("cpu"), safe_open(path, framework="pt") as tensors:
         for name in tensors.keys():  # noqa: SIM118 (not a mapping)
             check_finite(tensors.get_tensor(name), name, path)
     # A file changed in the last tick of the clock could change again without a trace.

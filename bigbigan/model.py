@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from typing import Any, Literal
 
@@ -25,6 +25,9 @@ from bigbigan.config import (
     DiscriminatorConfig,
     EncoderConfig,
     GeneratorConfig,
+    GraphDiscriminatorConfig,
+    GraphEncoderConfig,
+    GraphGeneratorConfig,
     MLPDiscriminatorConfig,
     MLPEncoderConfig,
     MLPGeneratorConfig,
@@ -35,6 +38,7 @@ from bigbigan.discriminator import Discriminator, DiscriminatorOutput
 from bigbigan.encoder import Encoder, EncoderOutput
 from bigbigan.fused import FusedPart, check_fusible, fuse
 from bigbigan.generator import Generator
+from bigbigan.graph import Graph, GraphDiscriminator, GraphEncoder, GraphGenerator, GraphNetwork
 from bigbigan.images import ImageLike
 from bigbigan.integrity import WeightsError
 from bigbigan.mlp import MLPDiscriminator, MLPEncoder, MLPGenerator
@@ -46,6 +50,9 @@ PART_CLASSES: dict[type, Callable[..., nn.Module]] = {  # by the class of a part
     MLPGeneratorConfig: MLPGenerator,
     MLPEncoderConfig: MLPEncoder,
     MLPDiscriminatorConfig: MLPDiscriminator,
+    GraphGeneratorConfig: GraphGenerator,
+    GraphEncoderConfig: GraphEncoder,
+    GraphDiscriminatorConfig: GraphDiscriminator,
 }
 TruncationMode = Literal["resample", "scale"]
 _LATENT_STREAM, _NOISE_STREAM = 0, 1
@@ -58,19 +65,26 @@ class BigBiGAN(nn.Module):
     the result beyond rounding; for gradients call `model.generator`, `model.encoder` and `model.discriminator`.
     """
 
-    generator: Generator | MLPGenerator | None
-    encoder: Encoder | MLPEncoder | None
-    discriminator: Discriminator | MLPDiscriminator | None
+    generator: Generator | MLPGenerator | GraphGenerator | None
+    encoder: Encoder | MLPEncoder | GraphEncoder | None
+    discriminator: Discriminator | MLPDiscriminator | GraphDiscriminator | None
 
     def __init__(
-        self, config: BigBiGANConfig, parts: Sequence[str] | None = None, info: ModelInfo | None = None
+        self,
+        config: BigBiGANConfig,
+        parts: Sequence[str] | None = None,
+        info: ModelInfo | None = None,
+        graphs: Mapping[str, Graph] | None = None,
+        networks: Mapping[str, nn.Module] | None = None,
     ) -> None:
         super().__init__()
         self.config, self.info = config, info or ModelInfo()
         wanted = select_parts(parts, config.parts, "this architecture")
         for name in PARTS:
-            part = getattr(config, name)
-            self.add_module(name, PART_CLASSES[type(part)](part) if name in wanted else None)
+            part, graph, network = getattr(config, name), (graphs or {}).get(name), (networks or {}).get(name)
+            if name in wanted and network is None:
+                network = PART_CLASSES[type(part)](part, *([] if graph is None else [graph]))
+            self.add_module(name, network)
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -96,7 +110,8 @@ class BigBiGAN(nn.Module):
         """Puts every part into its fused form for inference, in place: equal up to rounding, and faster.
 
         A fused model saves its plain weights. It does not train, gives no gradients, stays on its device, and sees
-        nothing of later changes to its parameters. On other devices than the CPU the model stays as it is.
+        nothing of later changes to its parameters. On other devices than the CPU the model stays as it is. So does a
+        part in graph form, whose layers are not known.
 
         Raises:
             RuntimeError: the model is in training mode, or compiled; no part was fused then.
@@ -296,14 +311,15 @@ class BigBiGAN(nn.Module):
             FileExistsError: the folder holds anything but a model folder; it stays as it was.
             OutputError: another process is writing it.
         """
-        modelfolder.save_folder(folder, self.config, self.info, self.plain_states())
+        modelfolder.save_folder(folder, self.config, self.info, self.plain_states(), graphs=self._graph_files())
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
         """Uploads the model folder with its card to the Hugging Face Hub; returns the repository's address.
 
         Options are those of `bigbigan.hub.push_to_hub`: token, private, commit_message, revision.
         """
-        return hub.push_to_hub(repo_id, self.config, self.info, self.plain_states(), **options)
+        states, graphs = self.plain_states(), self._graph_files()
+        return hub.push_to_hub(repo_id, self.config, self.info, states, graphs=graphs, **options)
 
     def plain_states(self) -> dict[str, dict[str, Tensor]]:
         """The state dict of each part in its plain inference form.
@@ -312,13 +328,27 @@ class BigBiGAN(nn.Module):
             WeightsError: a part has another form: that of training, or of a wrapper.
         """
         states = {part: self.part(part).state_dict() for part in self.parts}
+        graphs = {part: network.graph for part, network in self._graph_networks().items()}
         with torch.device("meta"):
-            plain = BigBiGAN(self.config, self.parts)
+            plain = BigBiGAN(self.config, self.parts, graphs=graphs)
         for part, state in states.items():
             wanted = modelfolder.shapes_of(plain.part(part).state_dict())
             if difference := modelfolder.difference_of(modelfolder.shapes_of(state), wanted):
                 raise WeightsError(f"the {part} is not in its plain inference form. {difference}")
         return states
+
+    def _graph_networks(self) -> dict[str, GraphNetwork]:
+        networks = {part: self.part(part) for part in self.parts}
+        return {part: network for part, network in networks.items() if isinstance(network, GraphNetwork)}
+
+    def _graph_files(self) -> dict[str, bytes]:
+        """
+        Raises:
+            ConfigError: a graph could not be loaded again, or is not that of the configuration.
+        """
+        for part, network in self._graph_networks().items():
+            network.check(getattr(self.config, part))
+        return {part: network.graph.text() for part, network in self._graph_networks().items()}
 
     def part(self, part: str) -> Any:
         """The network of that name.

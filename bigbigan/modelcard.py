@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from bigbigan.config import BigBiGANConfig, DiscriminatorConfig, ModelInfo
+from bigbigan.config import BigBiGANConfig, DiscriminatorConfig, GraphConfig, ModelInfo
 from bigbigan.markdown import escape, one_line, table
 
 USES = {
@@ -51,6 +51,7 @@ def model_card(
         "```python\n" + "\n".join(code) + "\n```",
         _table(("File", "Values", "Type", "Size"), parts, ready=True),
         "`config.json` has the architecture, and the size and SHA-256 of each file; loading checks them.",
+        *_graphs(config, states),
         f"**Source:** {escape(info.source) or 'not stated'}\n\n**License:** {escape(info.license) or 'not stated'}",
     ]
     tables = {key: value for key, value in info.provenance.items() if _is_table(value)}
@@ -59,6 +60,17 @@ def model_card(
     for key, rows in tables.items():  # such as a converted model's differences to its source, output by output
         sections += [f"### {escape(key)}", _table(tuple(rows[0]), [tuple(map(str, row.values())) for row in rows])]
     return "\n\n".join(sections) + "\n"
+
+
+def _graphs(config: BigBiGANConfig, parts: Iterable[str]) -> list[str]:
+    parts = [part for part in parts if isinstance(getattr(config, part), GraphConfig)]
+    if not parts:
+        return []
+    files = ", ".join(f"`{part}.graph.json`" for part in parts)
+    return [
+        f"Graph networks: {', '.join(parts)} (operations in {files}). They run the operations of the module that they "
+        "were converted from, and cannot be trained by a recipe, fused, or used at other resolutions."
+    ]
 
 
 def _method(config: BigBiGANConfig) -> tuple[str, str, str]:

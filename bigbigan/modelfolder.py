@@ -13,7 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,12 @@ from bigbigan.config import (
     MAX_CONFIG_BYTES,
     PARTS,
     BigBiGANConfig,
+    GraphConfig,
     ModelInfo,
     ordered_parts,
 )
-from bigbigan.files import TEMPORARY, OutputError, atomic_write, hold, sync
+from bigbigan.exchange import previous_of, put
+from bigbigan.files import TEMPORARY, OutputError, atomic_write, hold
 from bigbigan.integrity import (
     DTYPES,
     SHA256,
@@ -49,6 +51,7 @@ logger = logging.getLogger(__name__)
 
 CONFIG_NAME, CARD_NAME = "config.json", "README.md"
 FORMAT = "bigbigan-model/1"
+MAX_GRAPH_BYTES = 8 << 20  # a full-size network takes a twentieth
 State = Mapping[str, Tensor]  # of one part
 Shapes = Mapping[str, tuple[int, ...]]
 # Regular expression of what a model folder holds, also while it is written.
@@ -92,6 +95,38 @@ def weight_file(part: str) -> str:
     return f"{part}.safetensors"
 
 
+def graph_file(part: str) -> str:
+    """File name of the operations of a part in graph form."""
+    return f"{part}.graph.json"
+
+
+def read_graph_file(folder: Path, part: str, config: GraphConfig) -> bytes:
+    """The operations of a part in graph form, as `config.json` names them by digest.
+
+    Raises:
+        ConfigError: the file is missing, too large, or another one.
+    """
+    path = folder / graph_file(part)
+    if not path.is_file():
+        raise ConfigError(f"{path} is missing, though {CONFIG_NAME} names a network in graph form; copy or download it")
+    with path.open("rb") as file:
+        data = file.read(MAX_GRAPH_BYTES + 1)
+    if advice := impostor(data):
+        raise ConfigError(f"{path} {advice}")
+    if len(data) > MAX_GRAPH_BYTES:
+        raise ConfigError(f"{path} is larger than {MAX_GRAPH_BYTES} bytes")
+    if hashlib.sha256(data).hexdigest() != config.sha256:
+        raise ConfigError(
+            f"{path} is not the file that {CONFIG_NAME} names: it is damaged, or belongs to another model"
+        )
+    return data
+
+
+def graph_parts(config: BigBiGANConfig, parts: Iterable[str]) -> list[str]:
+    """Those that are in graph form."""
+    return [part for part in parts if isinstance(getattr(config, part), GraphConfig)]
+
+
 def read_config(path: str | os.PathLike[str]) -> FolderConfig:
     """What a model folder (or its `config.json`) holds.
 
@@ -118,7 +153,7 @@ def read_config(path: str | os.PathLike[str]) -> FolderConfig:
 
 def missing_folder(path: Path) -> FileNotFoundError:
     """The error for a folder that does not exist."""
-    interrupted = _previous(path)
+    interrupted = previous_of(path)
     hint = f"; a save was interrupted: rename {interrupted} to {path.name}" if interrupted.is_dir() else ""
     return FileNotFoundError(f"there is no folder {path}{hint}")
 
@@ -250,10 +285,16 @@ def _changes(header: Header, part: str, config: BigBiGANConfig) -> str:
             continue  # files of other programs have no such metadata
         if isinstance(saved, dict):
             # Fields that came later have the defaults that were computed with before.
-            own, now = dict(flatten(to_dict(type(ours)()))) | dict(flatten(saved)), dict(flatten(to_dict(ours)))
+            own, now = dict(flatten(_defaults(type(ours)))) | dict(flatten(saved)), dict(flatten(to_dict(ours)))
             differing = [name for name in {**now, **own} if own.get(name) != now.get(name)]
             facts += [f"{name} {own.get(name, 'unset')[:80]}, {CONFIG_NAME} says {now.get(name)}" for name in differing]
     return "; ".join(facts[:3])
+
+
+def _defaults(cls: type) -> dict[str, Any]:
+    """Of a configuration's fields, as JSON-able data."""
+    values = {f.name: f.default for f in fields(cls) if f.default is not MISSING}
+    return {name: to_dict(value) if is_dataclass(value) else value for name, value in values.items()}
 
 
 @contextmanager
@@ -276,9 +317,12 @@ def save_folder(
     info: ModelInfo,
     states: Mapping[str, State],
     *,
+    graphs: Mapping[str, bytes] | None = None,
     card: str | None = None,
 ) -> None:
-    """Writes a model folder with the plain inference weights of some or all parts; `card` is the text of README.md.
+    """Writes a model folder with the plain inference weights of some or all parts.
+
+    `graphs` has the files of those parts that are in graph form; `card` is the text of README.md.
 
     The folder is built beside its final place and put there at the end, so that an error leaves an earlier model as
     it was. The same model gives the same bytes.
@@ -293,20 +337,31 @@ def save_folder(
     with claim_folder(folder):
         for part, state in states.items():
             _check_state(part, state)
-        _save(folder, config, info, states, model_card(config, info, states) if card is None else card)
+        text = model_card(config, info, states) if card is None else card
+        _save(folder, config, info, states, graphs or {}, text)
 
 
-def _save(folder: Path, config: BigBiGANConfig, info: ModelInfo, states: Mapping[str, State], card: str) -> None:
+def _save(
+    folder: Path,
+    config: BigBiGANConfig,
+    info: ModelInfo,
+    states: Mapping[str, State],
+    graphs: Mapping[str, bytes],
+    card: str,
+) -> None:
     _recover(folder)
     _check_replaceable(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{folder.name[:100]}.", suffix=".tmp", dir=folder.parent))
     try:
         files = {part: _write_weights(staging, part, state, config, info) for part, state in states.items()}
+        for part, graph in graphs.items():
+            with atomic_write(staging / graph_file(part)) as temporary:
+                temporary.write_bytes(graph)
         for name, content in ((CARD_NAME, card), (CONFIG_NAME, _config_text(config, info, files))):
             with atomic_write(staging / name) as temporary:
                 temporary.write_text(content, encoding="utf-8", newline="\n")
-        _put(staging, folder)
+        put(staging, folder)
     finally:
         if staging.exists():
             shutil.rmtree(staging)
@@ -359,17 +414,13 @@ def _config_text(config: BigBiGANConfig, info: ModelInfo, files: dict[str, FileE
     return text
 
 
-def _previous(folder: Path) -> Path:
-    return folder.with_name(f".{folder.name}.previous")
-
-
 def _check_replaceable(folder: Path) -> None:
     if not folder.exists():
         return
     if not folder.is_dir():
         raise FileExistsError(f"{folder} is a file; name a folder")
     names = {entry.name for entry in folder.iterdir()}
-    if others := sorted(names - {CONFIG_NAME, CARD_NAME, *map(weight_file, PARTS)}):
+    if others := sorted(names - {CONFIG_NAME, CARD_NAME, *map(weight_file, PARTS), *map(graph_file, PARTS)}):
         raise FileExistsError(f"{folder} holds {', '.join(others[:5])} besides a model; name another folder")
     if names:
         try:
@@ -379,40 +430,11 @@ def _check_replaceable(folder: Path) -> None:
 
 
 def _recover(folder: Path) -> None:
-    """Undoes or completes the exchange of a save that was killed in the middle of `_put`."""
-    previous = _previous(folder)
+    """Undoes or completes the exchange of a save that was killed in the middle of `put`."""
+    previous = previous_of(folder)
     if previous.exists():
         _check_replaceable(previous)
         if folder.exists():
             shutil.rmtree(previous)
         else:
             os.rename(previous, folder)
-
-
-def _put(staging: Path, folder: Path) -> None:
-    """Renames `staging` to `folder`. What was there keeps the name `.NAME.previous` between the two renames."""
-    if folder.exists():
-        shutil.copymode(folder, staging)
-    else:
-        umask = os.umask(0)
-        os.umask(umask)
-        staging.chmod(0o777 & ~umask)  # mkdtemp makes 0700; a user expects the usual mode
-    sync(staging)
-    previous = _previous(folder)
-    replaced = folder.exists()
-    if replaced:
-        os.rename(folder, previous)
-    try:
-        os.rename(staging, folder)
-        sync(folder.parent)
-    except BaseException:  # an interrupt too must not leave the old model aside
-        if folder.exists():
-            os.rename(folder, staging)
-        if replaced:
-            os.rename(previous, folder)
-        raise
-    if replaced:
-        try:
-            shutil.rmtree(previous)
-        except OSError as error:  # the save itself is done; the next one tries again
-            logger.warning("%s could not be removed: %s", previous, error)

@@ -174,8 +174,10 @@ def _guard_padding(onnx: Any, graph: Any) -> None:
     ONNX Runtime merges a padding of zeros into the pooling, whose own padding never wins; here zeros can.
     """
     pooled = {name for node in graph.node if node.op_type == "MaxPool" for name in node.input}
+    numbers = {i.name: onnx.numpy_helper.to_array(i) for i in graph.initializer}
     for node in graph.node:
-        if node.op_type == "Pad" and pooled & set(node.output):
+        zero = len(node.input) > 2 and not np.any(numbers.get(node.input[2], 0))  # SAME pads with minus infinity
+        if node.op_type == "Pad" and zero and pooled & set(node.output):
             value = np.array(1e-30, np.float32)
             name = f"{node.output[0]}_value"
             graph.initializer.append(onnx.numpy_helper.from_array(value, name))

@@ -50,7 +50,7 @@ class Pretrained:
             kind = type(config).__name__.removesuffix("Config")
             raise ValueError(f"the {cls.part} of this model is of class {kind}: call {kind}.from_pretrained, or load")
         with torch.device("meta"):
-            network = cls(config)  # type: ignore[call-arg]
+            network = cls.build(config, place.folder)
         assert isinstance(network, nn.Module)
         modelfolder.check_part(place.folder, cls.part, modelfolder.shapes_of(network.state_dict()), described.config)
         if place.verify:
@@ -59,6 +59,11 @@ class Pretrained:
         fill(network, place.folder, cls.part, device=device, dtype=dtype, mmap=mmap and not fuse)
         network.eval()
         return cls.fuse_network(network) if fuse else network
+
+    @classmethod
+    def build(cls: type[Network], config: Any, folder: Path) -> Network:
+        """The network of a model folder, without its weights."""
+        return cls(config)  # type: ignore[call-arg]
 
 
 def fill(

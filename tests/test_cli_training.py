@@ -71,9 +71,10 @@ def test_train_then_export(tmp_path: Path, data: Path, capsys: pytest.CaptureFix
     assert main(command) == 0
     shown = capsys.readouterr()
     assert shown.out == ""
-    begin, end = shown.err.splitlines()[:9], shown.err.splitlines()[-1]
-    assert begin[0].endswith("mine: G 32, E 32 pixels, colour, 8 latents, fp32, seed 0")
-    assert 'changed from the recipe: name="mine"' in begin[1] and "batch_size=8" in begin[1]
+    begin, end = shown.err.splitlines()[:10], shown.err.splitlines()[-1]
+    assert "60 images in train, 2 classes (bright, dark)" in begin[0]
+    assert begin[1].endswith("mine: G 32, E 32 pixels, colour, 8 latents, fp32, seed 0")
+    assert 'changed from the recipe: name="mine"' in begin[2] and "batch_size=8" in begin[2]
     assert any(f"run folder: {folder}" in line for line in begin) and any("memory: " in line for line in begin)
     assert f"finished after step 4 of 4 (32 images) in {folder}" in end and "best snapshot: images-" in end
     assert main([*command, "--dry-run"]) == 0

@@ -61,7 +61,7 @@ def test_a_killed_worker_is_an_error_that_loses_nothing(
         assert main([*command, "--workers", "1"]) == 2
     assert "DataLoader worker" in capsys.readouterr().err
     assert main(command) == 0
-    assert "going on from" in capsys.readouterr().err
+    assert "resuming from" in capsys.readouterr().err
     assert len(read(tmp_path / "out.npz")[0]) == 40
 
 

@@ -24,7 +24,11 @@ OUTPUTS = {
 
 
 def test_all_examples_are_listed() -> None:
-    assert {path.name for path in EXAMPLES.glob("*.py")} == {*OUTPUTS, "table1_in_miniature.py"}
+    assert {path.name for path in EXAMPLES.glob("*.py")} == {
+        *OUTPUTS,
+        "table1_in_miniature.py",
+        "efficientnet_lite0.py",
+    }
 
 
 @pytest.mark.parametrize("name", OUTPUTS)

@@ -15,7 +15,7 @@ import json, sys, time
 from pathlib import Path
 import numpy as np, torch
 sys.path.insert(0, sys.argv[1])
-name, module, output, photos = sys.argv[2:]
+name, module, output, photos, form = sys.argv[2:]
 def peak_gib():  # of this program alone: what getrusage tells is inherited from the parent
     line = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
     return round(int(line.split()[1]) / 2**20, 2)
@@ -32,7 +32,8 @@ report()
 CONVERT = """
 from bigbigan.cli import main
 pictures = sorted(Path(photos).rglob("*.jp*g"))[:4] if photos else []
-code = main(["convert", module, "-o", output, *(word for path in pictures for word in ("--image", str(path)))])
+options = ["-o", output, "--form", form]
+code = main(["convert", module, *options, *(word for path in pictures for word in ("--image", str(path)))])
 report(code=code)
 """
 COMPARE = """
@@ -55,8 +56,9 @@ report(errors=errors, widths=[wanted["avepool_feat"].shape[1], wanted["bn_crelu_
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("form", ["port", "graph"])
 @pytest.mark.parametrize("name, features", [("resnet50", 2048), ("revnet50x4", 8192)])
-def test_full_size_module(name: str, features: int, tmp_path: Path) -> None:
+def test_full_size_module(name: str, features: int, form: str, tmp_path: Path) -> None:
     pytest.importorskip("tensorflow", reason="pip install -e '.[convert]'")
     tests = Path(__file__).parent
     data = Path(os.environ.get("BIGBIGAN_TEST_DATA", tests.parents[1] / "shared" / "data")) / "imagenet_samples"
@@ -64,10 +66,10 @@ def test_full_size_module(name: str, features: int, tmp_path: Path) -> None:
 
     def child(script: str) -> dict:
         module, output = tmp_path / "module", tmp_path / "model"
-        command = [sys.executable, "-c", SETUP + script, str(tests), name, str(module), str(output), photos]
+        command = [sys.executable, "-c", SETUP + script, str(tests), name, str(module), str(output), photos, form]
         done = subprocess.run(command, capture_output=True, text=True, cwd=tests.parent)
         assert done.returncode == 0, done.stderr[-3000:]
-        print(name, done.stderr, done.stdout)  # shown by pytest -s
+        print(name, form, done.stderr, done.stdout)  # shown by pytest -s
         return json.loads(done.stdout.splitlines()[-1])
 
     child(BUILD)
@@ -77,4 +79,5 @@ def test_full_size_module(name: str, features: int, tmp_path: Path) -> None:
     assert compared["widths"] == [features, 2 * features]
     assert max(compared["errors"].values()) < 1e-4, compared
     provenance = json.loads((tmp_path / "model" / "config.json").read_text())["provenance"]
+    assert set(provenance["forms"].values()) == {form}
     assert {d["inputs"] for d in provenance["differences"]} == ({"random", "images"} if photos else {"random"})

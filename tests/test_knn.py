@@ -86,6 +86,7 @@ def test_the_float32_search_loses_no_neighbour(monkeypatch: pytest.MonkeyPatch, 
         torch.set_float32_matmul_precision("highest")
 
 
+@pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="this torch has no such setting")
 def test_torchs_newer_setting_of_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     """Once it is used, torch refuses to tell the older one; the search in float64 needs neither."""
     draws = torch.Generator().manual_seed(0)

@@ -124,7 +124,7 @@ def test_rotation_needs_its_head_and_a_fitting_batch() -> None:
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("seed", -1, "must not be negative"),
+        ("seed", -1, r"must be in \[0, 2\*\*64\)"),
         ("rotated_batch_size", -16, "must not be negative"),
         ("probe_images", -3, "must not be negative"),
         ("probe_l2", 0.0, "must be positive"),

@@ -10,6 +10,10 @@ class ConversionError(ValueError):
     """A source that cannot be converted; nothing was written."""
 
 
+class DamagedModule(ConversionError):
+    """A module whose files are damaged or do not belong together: none of its networks can be trusted."""
+
+
 def tensorflow() -> ModuleType:
     """The TensorFlow module.
 

@@ -11,7 +11,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from weights_conversion.errors import ConversionError, tensorflow
+from weights_conversion.errors import DamagedModule, tensorflow
 
 NUMBERS = {
     "float16", "bfloat16", "float32", "float64", "bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32",
@@ -25,11 +25,11 @@ def check_index(prefix: Path) -> None:
     """Refuses an index whose entries are not numbers that lie within the data files, or strings, which are not read.
 
     Raises:
-        ConversionError: naming the file and the entry.
+        DamagedModule: naming the file and the entry.
     """
     path = Path(f"{prefix}.index")
     if path.stat().st_size > MAX_BYTES:
-        raise ConversionError(f"{path} has more than {MAX_BYTES} bytes; a module's index is far smaller")
+        raise DamagedModule(f"{path} has more than {MAX_BYTES} bytes; a module's index is far smaller")
     name = "the table"
     try:
         entries = _entries(path.read_bytes())
@@ -39,7 +39,7 @@ def check_index(prefix: Path) -> None:
             name = repr(key.decode("utf-8", "replace"))
             _check_entry(value, shards)
     except (ValueError, IndexError, TypeError) as error:
-        raise ConversionError(f"{path} cannot be read: {name}: {error}; download the module anew") from error
+        raise DamagedModule(f"{path} cannot be read: {name}: {error}; download the module anew") from error
 
 
 def _entries(data: bytes) -> dict[bytes, bytes]:
@@ -121,9 +121,21 @@ def _check_entry(data: bytes, shards: list[int]) -> None:
     if entry.dtype == tensorflow().string.as_datatype_enum and not entry.slices:
         return  # notes that some savers keep beside the variables
     dtype, shape = tensorflow().dtypes.as_dtype(entry.dtype), [d.size for d in entry.shape.dim]
-    if dtype.name not in NUMBERS or entry.slices or entry.shape.unknown_rank:
-        raise ValueError(f"{dtype.name}{shape}{' in slices' if entry.slices else ''} is no plain array of numbers")
+    if dtype.name not in NUMBERS or entry.shape.unknown_rank:
+        raise ValueError(f"{dtype.name}{shape} is not an array of numbers")
+    if entry.slices:  # a partitioned variable: the slices themselves have entries of their own
+        _check_slices(entry, shape)
+        return
     if min(shape, default=1) < 0 or entry.size != math.prod(shape) * dtype.size:
         raise ValueError(f"{dtype.name}{shape} does not take {entry.size} bytes")
     if not 0 <= entry.shard_id < len(shards) or not 0 <= entry.offset <= shards[entry.shard_id] - entry.size:
         raise ValueError(f"bytes {entry.offset} to {entry.offset + entry.size} are not in data file {entry.shard_id}")
+
+
+def _check_slices(entry: Any, shape: list[int]) -> None:
+    for part in entry.slices:
+        spans = [(e.start, e.length if e.HasField("length") else n) for e, n in zip(part.extent, shape, strict=True)]
+        if any(low < 0 or n < 1 or low + n > size for (low, n), size in zip(spans, shape, strict=True)):
+            raise ValueError(f"it has a slice {spans} of {shape}")
+    if entry.size or entry.offset or min(shape, default=0) < 1:
+        raise ValueError(f"it has slices and values of its own, or is empty: {shape}")

@@ -7,146 +7,48 @@ into constants on the way. Shapes count as constants too: a record holds for the
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Generator, Iterable
 from typing import Any
 
 import numpy as np
+import torch
 
+from bigbigan.graph_operations import UNARY
 from weights_conversion.errors import ConversionError, tensorflow
+from weights_conversion.frames import (
+    DEAD,
+    ENTERS,
+    EXITS,
+    MAX_DEPTH,
+    MERGES,
+    NEXTS,
+    SWITCHES,
+    Constant,
+    Frame,
+    Output,
+    Record,
+    Value,
+    Variable,
+)
 from weights_conversion.module import Module
 from weights_conversion.operations import (
+    FIRST,
     IDENTITIES,
     MAX_ELEMENTS,
     NOISE,
     SHAPE_ONLY,
-    definition,
     evaluate,
-    output_offset,
 )
 
-MAX_STEPS, MAX_WALKED, MAX_DEPTH = 500_000, 20_000_000, 32
+MAX_STEPS, MAX_WALKED, MAX_ITERATIONS = 500_000, 20_000_000, 1000
 SMALL = 1 << 16  # constants up to this size remember what they were computed from
 CALLS = ("PartitionedCall", "StatefulPartitionedCall")
 VARIABLES = ("VariableV2", "Variable")
 LEAVES = ("Const", "VarHandleOp", *VARIABLES, "ReadVariableOp", "ResourceGather", "Placeholder")
 INITIALIZED = ("IsVariableInitialized", "VarIsInitializedOp")
-BRANCHES = ("If", "StatelessIf")
-SWITCHES, MERGES = ("Switch", "RefSwitch"), ("Merge", "RefMerge")
+BRANCHES, CASES, WHILES = ("If", "StatelessIf"), ("Case", "StatelessCase"), ("While", "StatelessWhile")
 
 Noise = Callable[[tuple[int, ...]], np.ndarray]
-
-
-@dataclass(eq=False)
-class Constant:
-    """A value that depends on no input; small ones know the operation and the constants they come from."""
-
-    name: str
-    value: Any
-    op: str = ""
-    inputs: list[Constant] = field(default_factory=list)
-    eps: float | None = None
-
-    @property
-    def array(self) -> np.ndarray:
-        return np.asarray(self.value)
-
-
-@dataclass(eq=False)
-class Record:
-    """An operation on data: its node, and its inputs, each a constant or (record, output)."""
-
-    name: str
-    op: str
-    node: Any
-    inputs: list[Constant | tuple[Record, int]]
-    shapes: list[tuple[int, ...]] = field(default_factory=list)
-
-
-@dataclass(eq=False)
-class Value:
-    """What one output of a node holds: always a tensor, and the record behind it if it depends on an input."""
-
-    tensor: Any
-    constant: Constant | None = None
-    record: Record | None = None
-    port: int = 0
-
-    @property
-    def source(self) -> Constant | tuple[Record, int]:
-        if self.record is not None:
-            return self.record, self.port
-        assert self.constant is not None
-        return self.constant
-
-
-@dataclass(eq=False)
-class Variable:
-    """A resource handle."""
-
-    node: Any
-
-
-DEAD = Value(None)  # the output of a switch that is not taken
-Output = tuple[str, int]  # a node and which of its outputs
-
-
-@dataclass(eq=False)
-class Frame:
-    """The main graph, or one call of a function."""
-
-    nodes: dict[str, Any]
-    functions: dict[str, Any]
-    arguments: dict[str, Value] = field(default_factory=dict)
-    done: dict[str, list[Value]] = field(default_factory=dict)
-    uses: dict[str, int] = field(default_factory=dict)
-
-    def resolve(self, reference: str) -> Output:
-        """Node and output of "node:1", or of "node:output:1" inside a function."""
-        name, *rest = reference.split(":")
-        if rest and not rest[-1].isdecimal():
-            raise ConversionError(f"the graph refers to {reference[:200]!r}, which names no output of a node")
-        port = int(rest[-1]) if rest else 0
-        if len(rest) == 2 and (node := self.nodes.get(name)) is not None:
-            function = self.functions.get(node.op)
-            port += output_offset(node, rest[0], function.signature if function else definition(node.op))
-        return name, port
-
-    def sources(self, node: Any) -> list[Output]:
-        """What a node takes along data edges."""
-        return [self.resolve(reference) for reference in node.input if not reference.startswith("^")]
-
-    def op(self, name: str) -> str:
-        return self.nodes[name].op if name in self.nodes else ""
-
-    def gates(self, node: Any) -> list[Output]:
-        """The switches whose branch a node belongs to by a control edge alone, as the constants of a `tf.cond` do."""
-        pivots = [self.nodes.get(reference[1:]) for reference in node.input if reference.startswith("^")]
-        sources = [self.sources(pivot)[0] for pivot in pivots if pivot is not None and pivot.op == "Identity"]
-        return [source for source in sources if self.op(source[0]) in SWITCHES]
-
-    def variable(self, node: Any) -> str:
-        """The variable behind a node's first input, past switches and copies of its handle."""
-        name = self.sources(node)[0][0]
-        for _ in range(MAX_DEPTH):
-            if self.op(name) not in (*SWITCHES, *IDENTITIES):
-                break
-            name = self.sources(self.nodes[name])[0][0]
-        return name
-
-    def assignments(self, node: Any) -> tuple[list[Any], int]:
-        """Assignments to a variable that control edges put before this read of it; how many nodes were looked at."""
-        found, seen = [], {node.name}
-        before = [reference[1:] for reference in node.input if reference.startswith("^")]
-        while before:
-            other = self.nodes.get(before.pop())
-            if other is None or other.name in seen:
-                continue
-            seen.add(other.name)
-            before += [reference.removeprefix("^").partition(":")[0] for reference in other.input]
-            if other.op.startswith("Assign") and self.variable(other) == self.variable(node):
-                found.append(other)
-        return found, len(seen)
 
 
 class Interpreter:
@@ -164,24 +66,28 @@ class Interpreter:
         self.steps = self.walked = 0
         self._bodies: dict[str, dict[str, Any]] = {}  # nodes by name, of functions
 
-    def run(self, signature: str, feeds: dict[str, np.ndarray]) -> dict[str, Value]:
-        """Values of all outputs of a signature."""
+    def run(
+        self, signature: str, feeds: dict[str, np.ndarray], outputs: Iterable[str] | None = None
+    ) -> dict[str, Value]:
+        """Values of a signature's outputs, or of those that are named; inputs without a value are left out."""
         tf = tensorflow()
         described = self.module.signatures[signature]
+        names = list(described.outputs if outputs is None else outputs)
         frame = Frame(self.module.nodes, self.module.functions)
-        for name, reference in described.inputs.items():
+        for name, array in feeds.items():
+            reference = described.inputs[name]
             node, port = frame.resolve(reference)
             if port or node not in frame.nodes:
                 raise ConversionError(f"signature {signature!r}: input {name!r} is {reference!r}, which is no node")
-            tensor = tf.constant(feeds[name], tf.float32)
+            tensor = tf.constant(array, tf.float32)
             frame.done[node] = [self._output(Record(node, "Input", frame.nodes[node], []), [tensor])[0]]
-        outputs = [frame.resolve(reference) for reference in described.outputs.values()]
-        self._count_uses(frame, [node for node, _ in outputs])
-        values = self._fetch(frame, outputs, 0)
-        for name, value in zip(described.outputs, values, strict=True):
-            if value is DEAD:
+        wanted = [frame.resolve(described.outputs[name]) for name in names]
+        self._count_uses(frame, [node for node, _ in wanted])
+        values = dict(zip(names, self._fetch(frame, wanted, 0), strict=True))
+        for name, value in values.items():
+            if value is DEAD or value.tensor is None:
                 raise ConversionError(f"signature {signature!r}: output {name!r} is never computed")
-        return dict(zip(described.outputs, values, strict=True))
+        return values
 
     def _count_uses(self, frame: Frame, outputs: list[str]) -> None:
         """How often each node is read, so that what was read last can be dropped."""
@@ -218,7 +124,7 @@ class Interpreter:
                 text = f"node {name!r} ({frame.op(name)}) is malformed: {type(error).__name__}: {error}"
                 raise ConversionError(text[:400]) from error
             if needed[0] in path:
-                raise ConversionError(f"node {needed[0]!r} depends on itself: loops are not supported")
+                raise ConversionError(f"node {needed[0]!r} depends on itself")
             path.add(needed[0])
             stack.append((needed[0], self._visit(frame, *needed, depth)))
             answer = None
@@ -235,9 +141,7 @@ class Interpreter:
             if name not in frame.nodes:
                 raise ConversionError(f"the graph refers to a node {name!r} that it lacks")
             node = frame.nodes[name]
-            self.steps += 1
-            if self.steps > MAX_STEPS:
-                raise ConversionError(f"the graph takes more than {MAX_STEPS} steps; no BigBiGAN module does")
+            self._count_step()
             if node.op in SWITCHES:
                 data, predicate = frame.sources(node)
                 condition = yield predicate
@@ -260,6 +164,12 @@ class Interpreter:
             return [self._constant(node, True)]
         if node.op == "Assign":  # gives what it writes
             return [(yield frame.sources(node)[1])]
+        if node.op in FIRST:
+            return [(yield frame.sources(node)[0])]
+        if node.op in ENTERS and frame.parent is not None:
+            return self._fetch(frame.parent, frame.sources(node), depth + 1)
+        if node.op in EXITS:
+            return [(yield from self._loop(frame, node, depth))]
         if (written := (yield from self._written(frame, node))) is not None:
             return [written]
         sources, inputs = frame.sources(node), []
@@ -272,14 +182,55 @@ class Interpreter:
             self._release(frame, name)
         return outputs
 
+    def _count_step(self) -> None:
+        self.steps += 1
+        if self.steps > MAX_STEPS:
+            raise ConversionError(f"the graph takes more than {MAX_STEPS} steps; no BigBiGAN module does")
+
+    def _loop(self, frame: Frame, node: Any, depth: int) -> Generator[Output, Value, Value]:
+        """What leaves a `while_loop` of TensorFlow 1 whose condition does not depend on the data."""
+        merge, predicate = frame.sources(frame.nodes[frame.sources(node)[0][0]])
+        condition = frame.sources(frame.nodes[predicate[0]])[0]  # what its LoopCond takes
+        if depth >= MAX_DEPTH or frame.op(merge[0]) not in MERGES:
+            raise ConversionError(f"node {node.name!r} ({node.op}) does not end a loop that can be evaluated")
+        following: dict[str, Output] = {}  # by the merge of each variable that matters
+        state: dict[str, Value] = {}
+        new = {merge[0], *self._loop_variables(frame, condition[0])}
+        while new:
+            for name in sorted(new):
+                first, again = frame.sources(frame.nodes[name])
+                if frame.op(first[0]) in NEXTS:
+                    first, again = again, first
+                following[name] = frame.sources(frame.nodes[again[0]])[0]
+                state[name] = yield frame.sources(frame.nodes[first[0]])[0]
+                if state[name] is DEAD:
+                    return DEAD
+            new = {m for source, _ in following.values() for m in self._loop_variables(frame, source)} - set(following)
+        for _ in range(MAX_ITERATIONS):
+            self._count_step()
+            inner = Frame(frame.nodes, frame.functions, dict(state), parent=frame)
+            if not self._condition(node, self._fetch(inner, [condition], depth + 1)[0]):
+                return state[merge[0]]
+            values = self._fetch(inner, list(following.values()), depth + 1)
+            state = dict(zip(following, values, strict=True))
+        raise ConversionError(f"node {node.name!r} ({node.op}) ends a loop of more than {MAX_ITERATIONS} iterations")
+
+    def _loop_variables(self, frame: Frame, name: str) -> set[str]:
+        found, count = frame.loop_variables(name)
+        self._count_walk(frame.nodes[name], count)
+        return found
+
+    def _count_walk(self, node: Any, count: int) -> None:
+        self.walked += count
+        if self.walked > MAX_WALKED:
+            raise ConversionError(f"node {node.name!r} ({node.op}) and others before it hang on too many edges")
+
     def _written(self, frame: Frame, node: Any) -> Generator[Output, Value, Value | None]:
         """For a read of a variable: what an assignment has put there just before; None if there is none."""
         if node.op != "ReadVariableOp" and not (node.op in IDENTITIES and frame.op(frame.variable(node)) in VARIABLES):
             return None
         (found, count), alive = frame.assignments(node), []
-        self.walked += count
-        if self.walked > MAX_WALKED:
-            raise ConversionError(f"node {node.name!r} ({node.op}) and others before it hang on too many control edges")
+        self._count_walk(node, count)
         for other in found:
             for source in (*frame.gates(other), frame.sources(other)[0]):
                 if (yield source) is DEAD:
@@ -310,6 +261,13 @@ class Interpreter:
         if node.op in BRANCHES:
             branch = "then_branch" if self._condition(node, inputs[0]) else "else_branch"
             return self._call(node, node.attr[branch].func.name, inputs[1:], depth)
+        if node.op in CASES:
+            branches = node.attr["branches"].list.func
+            index = self._chosen(node, inputs[0])
+            chosen = branches[index if 0 <= index < len(branches) else -1]
+            return self._call(node, chosen.name, inputs[1:], depth)
+        if node.op in WHILES:
+            return self._while(node, inputs, depth)
         if node.op in CALLS:
             return self._call(node, node.attr["f"].func.name, inputs, depth)
         if node.op in self.module.functions:
@@ -320,14 +278,36 @@ class Interpreter:
             shape = tuple(int(n) for n in np.asarray(inputs[0].tensor).reshape(-1))
             if math.prod(shape) > MAX_ELEMENTS:
                 raise ConversionError(f"node {node.name!r} ({node.op}) would draw {math.prod(shape)} values")
-            tensor = tensorflow().constant(self.noise(shape), tensorflow().float32)
-            return self._output(Record(node.name, "Noise", node, []), [tensor])
+            return self._noise(node, shape)
         return self._operation(node, inputs)
 
+    def _noise(self, node: Any, shape: tuple[int, ...]) -> list[Value]:
+        """A draw of N(0, 1), and the map of it to the node's distribution."""
+        tf = tensorflow()
+        array = self.noise(shape)
+        dtype = tf.dtypes.as_dtype(node.attr["dtype"].type) if node.attr["dtype"].type else tf.float32
+        outputs = self._output(Record(node.name, "Noise", node, []), [tf.cast(tf.constant(array, tf.float32), dtype)])
+        if kind := NOISE[node.op]:
+            mapped = UNARY[kind](torch.from_numpy(np.asarray(array, np.float32))).numpy()
+            record = Record(node.name, kind, node, [outputs[0].source])
+            outputs = self._output(record, [tf.cast(tf.constant(mapped), dtype)])
+        return outputs
+
     def _condition(self, node: Any, value: Value) -> bool:
+        return bool(self._chosen(node, value))
+
+    def _chosen(self, node: Any, value: Value) -> int:
         if value.record is not None:
-            raise ConversionError(f"node {node.name!r} ({node.op}) depends on the data: it is no plain network")
-        return bool(np.asarray(value.tensor).reshape(-1)[0])
+            raise ConversionError(f"node {node.name!r} ({node.op}) has a condition that depends on images or latents")
+        return int(np.asarray(value.tensor).reshape(-1)[0])
+
+    def _while(self, node: Any, state: list[Value], depth: int) -> list[Value]:
+        for _ in range(MAX_ITERATIONS):
+            self._count_step()
+            if not self._condition(node, self._call(node, node.attr["cond"].func.name, state, depth)[0]):
+                return state
+            state = self._call(node, node.attr["body"].func.name, state, depth)
+        raise ConversionError(f"node {node.name!r} ({node.op}) takes more than {MAX_ITERATIONS} iterations")
 
     def _call(self, node: Any, name: str, inputs: list[Value], depth: int) -> list[Value]:
         function = self.module.functions.get(name)
@@ -389,7 +369,7 @@ class Interpreter:
     def _output(self, record: Record, tensors: list[Any]) -> list[Value]:
         if not self.recording:
             return [Value(t, Constant(record.name, t)) for t in tensors]
-        record.shapes = [tuple(t.shape) for t in tensors]
+        record.shapes, record.dtypes = [tuple(t.shape) for t in tensors], [t.dtype.name for t in tensors]
         self.records.append(record)
         return [Value(t, None, record, port) for port, t in enumerate(tensors)]
 

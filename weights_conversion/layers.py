@@ -211,6 +211,8 @@ class LayerTable:
         ordered = flat.size == np.prod(poly.shape) and bool((flat == np.arange(flat.size)).all())
         if ordered and shape == poly.shape:
             return poly
+        if ordered and layer is not None and layer.kind == "Noise":  # drawn in another shape
+            return self.layer("Noise", (), shape, name, key="")
         if (
             ordered
             and squeezed(shape) == squeezed(poly.shape)

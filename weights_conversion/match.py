@@ -1,21 +1,26 @@
-"""From a module's layers to the port: configuration and weights of all three networks, or an error."""
+"""From a module to its networks, one by one: as the port where it matches, else as the graph that the module has."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from torch import nn
 
 from bigbigan.config import PARTS, BigBiGANConfig, PreprocessConfig
-from bigbigan.model import BigBiGAN
+from bigbigan.model import PART_CLASSES, BigBiGAN
+from bigbigan.schema import ConfigError
 from weights_conversion.algebra import Poly
-from weights_conversion.errors import ConversionError
-from weights_conversion.interpret import Interpreter, Value
+from weights_conversion.errors import ConversionError, DamagedModule
+from weights_conversion.frames import Value
+from weights_conversion.graph_form import Run, graph_network
+from weights_conversion.interpret import Interpreter
 from weights_conversion.layers import LayerTable
+from weights_conversion.lowering import BATCHES
 from weights_conversion.match_discriminator import match_discriminator
 from weights_conversion.match_encoder import match_encoder
 from weights_conversion.match_generator import match_generator
@@ -25,7 +30,8 @@ from weights_conversion.trace import Tracer
 
 logger = logging.getLogger(__name__)
 
-BATCH = 2
+BATCH = BATCHES[0]
+Form = Literal["auto", "port", "graph"]
 MATCHES: dict[str, Callable[[dict[str, Poly], LayerTable, State], Any]] = {
     "generator": match_generator,
     "encoder": match_encoder,
@@ -40,25 +46,77 @@ PART_SIGNATURES = {"generator": "generate", "encoder": "encode", "discriminator"
 
 
 @dataclass
+class Found:
+    """A network with a module's weights.
+
+    `reason` says why it is not the port, `default` what the encoder's default output is.
+    """
+
+    config: Any
+    network: nn.Module
+    form: Literal["port", "graph"]
+    reason: str = ""
+    default: str = "z_sample"
+    half: bool = False  # computes in bfloat16 or float16 somewhere
+
+
+@dataclass
 class Match:
-    """The port with a module's weights, and what was worth telling on the way."""
+    """The networks of a module, why the others could not be had, and the nodes on control edges that were dropped."""
 
-    model: BigBiGAN
-    default_output: str  # what `default` of the module's `encode` is
-    dropped: set[str] = field(default_factory=set)  # nodes on control edges
+    parts: dict[str, Found] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
+    dropped: set[str] = field(default_factory=set)
+
+    @property
+    def default_output(self) -> str:
+        """What `default` of the module's `encode` is."""
+        return self.parts["encoder"].default if "encoder" in self.parts else "z_sample"
+
+    @property
+    def model(self) -> BigBiGAN:
+        return self.of(*self.parts)
+
+    def of(self, *parts: str) -> BigBiGAN:
+        """A model of some of the networks, which it shares.
+
+        Raises:
+            ConversionError: the networks do not fit together.
+        """
+        configs = {part: self.parts[part].config if part in parts else None for part in PART_SIGNATURES}
+        reads = configs["encoder"] or configs["discriminator"]
+        preprocess = PreprocessConfig(reads.resolution) if reads else PreprocessConfig()
+        try:
+            config = BigBiGANConfig(**configs, preprocess=preprocess)
+        except ConfigError as error:
+            raise ConversionError(f"the networks do not fit together: {error}") from error
+        networks = {part: self.parts[part].network for part in parts}
+        with torch.device("meta"):
+            model = BigBiGAN(config, networks=networks)
+        return model.eval()
 
 
-def trace(module: Module, signature: str) -> tuple[Tracer, dict[str, Value], Interpreter]:
+def trace(module: Module, signature: str, part: str | None = None) -> tuple[Tracer, dict[str, Value], Interpreter]:
     """Layers of a signature and its outputs' values, from one run on random inputs."""
-    interpreter = Interpreter(module, lambda shape: random_inputs(shape, 1))
-    values = interpreter.run(signature, feeds(module, signature, BATCH))
+    values, interpreter = run(module, signature, BATCH)
     return Tracer(interpreter.records, values.values()), values, interpreter
+
+
+def run(module: Module, signature: str, batch: int) -> tuple[dict[str, Value], Interpreter]:
+    """The values of a signature's known outputs, and how they were computed."""
+    interpreter = Interpreter(module, lambda shape: random_inputs(shape, 1))
+    known = SIGNATURES.get(signature, (set(), set(module.signatures[signature].outputs)))[1]
+    wanted = [name for name in module.signatures[signature].outputs if name in known]
+    return interpreter.run(signature, feeds(module, signature, batch), wanted), interpreter
 
 
 def feeds(module: Module, signature: str, batch: int, seed: int = 0) -> dict[str, np.ndarray]:
     """Random inputs: latents from N(0, 1), images in [-1, 1] with coarse structure and noise."""
     result = {}
+    known = SIGNATURES.get(signature, ({"x", "z"}, set()))[0]
     for name, shape in module.signatures[signature].shapes.items():
+        if name not in known:
+            continue
         if any(n is None or not 0 < n <= 4096 for n in shape[1:]) or len(shape) not in (2, 4):
             raise ConversionError(f"signature {signature!r}: input {name!r} has shape {shape}")
         result[name] = random_inputs((batch, *(n or 0 for n in shape[1:])), seed)
@@ -73,61 +131,112 @@ def random_inputs(shape: tuple[int, ...], seed: int) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal(shape, np.float32)
 
 
-def check_signatures(module: Module) -> None:
-    """Raises ConversionError unless the module has BigBiGAN's signatures, inputs and outputs; tells of others."""
-    for name, (inputs, outputs) in SIGNATURES.items():
-        if name not in module.signatures:
-            raise ConversionError(
-                f"{module.folder} has no signature {name!r}; it has {', '.join(module.signatures) or 'none'}"
-            )
-        found = module.signatures[name]
-        for kind, wanted, names in (("inputs", inputs, found.inputs), ("outputs", outputs, found.outputs)):
-            if set(names) != wanted:
-                raise ConversionError(f"signature {name!r} has {kind} {sorted(names)}; BigBiGAN's are {sorted(wanted)}")
-        if set(found.shapes) != inputs:
-            raise ConversionError(f"signature {name!r}: the shapes of its inputs are unknown")
-    for other in sorted(set(module.signatures) - {*SIGNATURES, "default"}):
-        logger.warning("signature %r is no BigBiGAN's: the model will lack it", other)
+def check_signature(module: Module, part: str) -> None:
+    """Raises ConversionError unless the module has the signature of a part, with all that the part needs."""
+    name = PART_SIGNATURES[part]
+    if name not in module.signatures:
+        has = ", ".join(module.signatures) or "none"
+        raise ConversionError(f"the module has no signature {name!r}; its signatures are: {has}")
+    found, (inputs, outputs) = module.signatures[name], SIGNATURES[name]
+    optional = {"default", "upsampled"} if part != "generator" else {"upsampled"}
+    if part == "discriminator":
+        optional = outputs - {next(iter(sorted(outputs & set(found.outputs))), "score_xz")}
+    if missing := sorted(inputs - set(found.shapes)):
+        raise ConversionError(f"signature {name!r} has no float32 input {missing[0]!r} of known shape")
+    if missing := sorted(outputs - optional - set(found.outputs)):
+        raise ConversionError(f"signature {name!r} has no float32 output {', '.join(missing)}")
+    for missing_one in sorted(outputs - set(found.outputs)):
+        logger.warning("signature %r has no output %r: the model will lack it", name, missing_one)
+    others = {*found.inputs, *found.outputs, *found.others} - inputs - outputs
+    for other in sorted(others):
+        logger.warning("signature %r has %r, which a BigBiGAN does not have: it is ignored", name, other)
 
 
-def match(module: Module) -> Match:
-    """The whole model with the module's weights; not yet proved (`verify`).
+def match(module: Module, form: Form = "auto") -> Match:
+    """All networks with the module's weights; not yet proved (`verify`).
 
     Raises:
-        ConversionError: something in the graph that the port does not express; it names the node and its neighbours.
+        ConversionError: no network can be had, or with the form "port" one is not as the port expresses it.
+        DamagedModule: the module's files are damaged.
     """
-    check_signatures(module)
-    states = {part: State() for part in PARTS}
-    dropped: set[str] = set()
-    generator, encoder, discriminator = (_match_part(module, part, states[part], dropped) for part in PARTS)
-    config = BigBiGANConfig(generator, encoder.config, discriminator, PreprocessConfig(encoder.config.resolution))
-    return Match(_fill(config, states), encoder.default, dropped)
+    for other in sorted(set(module.signatures) - {*SIGNATURES, "default"}):
+        logger.warning("signature %r is not one of BigBiGAN's: the model will lack it", other)
+    result = Match()
+    for part in PARTS:
+        try:
+            result.parts[part] = find(module, part, form, result.dropped)
+        except DamagedModule:
+            raise
+        except ConversionError as error:
+            if form == "port":
+                raise
+            result.refused[part] = str(error)
+    return result
 
 
-def _match_part(module: Module, part: str, state: State, dropped: set[str]) -> Any:
-    """Configuration of a part; a function of its own so that the trace with its constants is freed after each."""
+def find(module: Module, part: str, form: Form, dropped: set[str], reason: str = "") -> Found:
+    """One network; `reason` says why the port was given up, where that is known already.
+
+    Raises:
+        ConversionError: it can be had in none of the forms asked for.
+    """
     signature = PART_SIGNATURES[part]
-    tracer, values, interpreter = trace(module, signature)
-    dropped |= interpreter.dropped
-    outputs = {name: tracer.poly(value) for name, value in values.items()}
+    check_signature(module, part)
     try:
-        return MATCHES[part](outputs, tracer.table, state)
+        values, interpreter = run(module, signature, BATCH)
+        dropped |= interpreter.dropped
+        if form != "graph":
+            try:
+                return _port(part, interpreter, values)
+            except ConversionError as error:
+                if form == "port":
+                    raise
+                reason = str(error)
+                logger.info("%s: the port does not match: %s", part, reason)
+        return _graph(module, part, interpreter, values, reason or "asked for")
+    except DamagedModule:
+        raise
     except ConversionError as error:
         raise ConversionError(f"signature {signature!r}: {error}") from error
 
 
-def _fill(config: BigBiGANConfig, states: dict[str, State]) -> BigBiGAN:
+def _port(part: str, interpreter: Interpreter, values: dict[str, Value]) -> Found:
+    tracer, state = Tracer(interpreter.records, values.values()), State()
+    try:
+        found = MATCHES[part]({name: tracer.poly(value) for name, value in values.items()}, tracer.table, state)
+    except (AssertionError, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        if isinstance(error, ConversionError):
+            raise
+        raise ConversionError(f"it is not written as in a BigBiGAN ({error!r})"[:300]) from error
+    config, default = (found.config, found.default) if part == "encoder" else (found, "z_sample")
     with torch.device("meta"):
-        model = BigBiGAN(config)
-    for part in PARTS:
-        network, state = getattr(model, part), states[part].tensors
-        wanted = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
-        found = {name: tuple(tensor.shape) for name, tensor in state.items()}
-        if wanted != found:
-            differing = sorted(set(wanted.items()) ^ set(found.items()))[:6]
-            raise ConversionError(f"{part}: weights found do not fill the port: {differing}")
-        for name, tensor in state.items():
-            if not torch.isfinite(tensor).all():
-                raise ConversionError(f"{part}: {name} is not finite")
-        network.load_state_dict(state, strict=True, assign=True)
-    return model.eval()
+        network = PART_CLASSES[type(config)](config)
+    _fill(part, network, state)
+    return Found(config, network.eval(), "port", default=default)
+
+
+def _graph(module: Module, part: str, interpreter: Interpreter, values: dict[str, Value], reason: str) -> Found:
+    signature = PART_SIGNATURES[part]
+    inputs = {reference.partition(":")[0]: name for name, reference in module.signatures[signature].inputs.items()}
+    second, other = run(module, signature, BATCHES[1])
+    found = graph_network(part, Run(interpreter.records, values, inputs), Run(other.records, second, inputs))
+    default = "z_sample"
+    if part == "encoder" and "default" in values:
+        arrays = {name: np.asarray(values[name].tensor, np.float32) for name in ("default", "z_sample", "z_mean")}
+        same = [name for name in ("z_sample", "z_mean") if np.allclose(arrays[name], arrays["default"], atol=1e-5)]
+        if not same:
+            logger.warning("signature 'encode': its 'default' is neither z_sample nor z_mean: the model will lack it")
+        default = same[0] if same else ""
+    return Found(found.config, found.network, "graph", reason, default, found.half)
+
+
+def _fill(part: str, network: nn.Module, state: State) -> None:
+    wanted = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in state.tensors.items()}
+    if wanted != found:
+        differing = sorted(set(wanted.items()) ^ set(found.items()))[:6]
+        raise ConversionError(f"{part}: weights found do not fill the port: {differing}")
+    for name, tensor in state.tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise ConversionError(f"{part}: {name} is not finite")
+    network.load_state_dict(state.tensors, strict=True, assign=True)

@@ -6,6 +6,7 @@ import itertools
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from bigbigan.config import DISCRIMINATOR_CHANNELS, DiscriminatorConfig
 from weights_conversion.algebra import Layer, Poly, equal, of_layer
@@ -20,7 +21,9 @@ MLP_EPS = 1e-3  # of `bigbigan.layers.ResidualMLP`
 
 def match_discriminator(outputs: dict[str, Poly], table: LayerTable, state: State) -> DiscriminatorConfig:
     """Configuration; writes the state dict of `bigbigan.discriminator.Discriminator`."""
-    f = state.linear("score_x", "score_x", outputs["score_x"]).input
+    if missing := {"score_x", "score_z", "score_xz"} - set(outputs):
+        raise ConversionError(f"it has no {', '.join(sorted(missing))}, and the port has three scores")
+    f = _features(state, state.linear("score_x", "score_x", outputs["score_x"]).input)
     h = state.linear("score_z", "score_z", outputs["score_z"]).input
     top = state.linear("score_xz", "score_xz", outputs["score_xz"]).input
     z_mlp, z = match_mlp(state, "h", "H", h, lambda p: p.only is not None and p.only.kind == "Input")
@@ -39,6 +42,18 @@ def match_discriminator(outputs: dict[str, Poly], table: LayerTable, state: Stat
         scores=("x", "z", "xz"),
         **facts,  # type: ignore[arg-type]
     )
+
+
+def _features(state: State, poly: Poly) -> Poly:
+    """F's features, a sum over positions, which score_x may take as a mean or with scales of its own."""
+    mean = poly.single
+    if mean is None or mean.kind != "Mean" or not equal(poly.const, 0):
+        return poly
+    area = mean.input.shape[1] * mean.input.shape[2]
+    scale = np.broadcast_to(poly.terms[(mean,)] / area, (poly.shape[-1],))
+    weight = state.tensors["score_x.weight"]
+    state.tensors["score_x.weight"] = (weight.double() * torch.from_numpy(scale.copy())).float()
+    return of_layer(mean).scale(float(area))
 
 
 @dataclass

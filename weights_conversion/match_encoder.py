@@ -44,9 +44,10 @@ def match_encoder(outputs: dict[str, Poly], table: LayerTable, state: State) -> 
         feature_norm_affine=feature_affine,
         **trunk,
     )
-    same = [name for name in ("z_sample", "z_mean") if outputs[name].key() == outputs["default"].key()]
+    default = outputs.get("default", outputs["z_sample"])
+    same = [name for name in ("z_sample", "z_mean") if outputs[name].key() == default.key()]
     if not same:
-        raise mismatch("default", "z_sample or z_mean", outputs["default"])
+        raise mismatch("default", "z_sample or z_mean", default)
     return EncoderMatch(config, same[0])
 
 

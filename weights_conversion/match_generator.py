@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import get_args, get_type_hints
+
 import numpy as np
 
 from bigbigan.config import GENERATOR_CHANNELS, GeneratorConfig
@@ -45,7 +47,7 @@ def match_generator(outputs: dict[str, Poly], table: LayerTable, state: State) -
         state.put("norm.weight", np.ones(size))
         state.put("norm.bias", np.zeros(size))
     _check(widths, chunks, image)
-    mode, size = _upsampled(outputs["upsampled"], image)
+    mode, size = _upsampled(outputs.get("upsampled", outputs["default"]), image)
     return GeneratorConfig(
         resolution=image.shape[1],  # type: ignore[arg-type]
         image_channels=image.shape[3],
@@ -166,4 +168,6 @@ def _upsampled(poly: Poly, image: Layer) -> tuple[str, int]:
         if poly.only is image:
             return GeneratorConfig.upsample_mode, image.shape[1]
         raise mismatch("upsampled", "the image, resized", poly)
+    if layer.kind == "Bilinear" and layer.mode not in get_args(get_type_hints(GeneratorConfig)["upsample_mode"]):
+        raise mismatch("upsampled", "a way of resizing that the port has", poly)
     return (layer.mode if layer.kind == "Bilinear" else "nearest"), layer.shape[1]

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from weights_conversion.errors import ConversionError, tensorflow
+from weights_conversion.errors import ConversionError, DamagedModule, tensorflow
 from weights_conversion.index import check_index
 
 GRAPH = "saved_model.pb"
@@ -23,11 +23,12 @@ FLOATS = ("float32", "float64", "float16", "bfloat16")
 
 @dataclass(frozen=True)
 class Signature:
-    """Names of the graph's tensors by the names of a signature's inputs and outputs."""
+    """Names of the graph's tensors by the names of a signature's inputs and outputs, as far as they are float32."""
 
     inputs: dict[str, str]
     outputs: dict[str, str]
-    shapes: dict[str, tuple[int | None, ...]]  # of inputs; None where unknown
+    shapes: dict[str, tuple[int | None, ...]]  # of inputs of known rank; None where a size is unknown
+    others: tuple[str, ...] = ()  # inputs and outputs of other types
 
 
 class Module:
@@ -48,11 +49,11 @@ class Module:
             self.nodes[node.name] = node
         self.functions = {f.signature.name: f for f in graph.graph_def.library.function}
         self.signatures = {
-            name: _signature(name, definition)
+            name: _signature(definition)
             for name, definition in sorted(graph.signature_def.items())
             if not name.startswith("__saved_model_")  # operations to run on loading, which nothing here does
         }
-        self.variables = Variables(folder / BUNDLE, _restored_names(self.nodes))
+        self.variables = Variables(folder / BUNDLE, _restored_names(self.nodes), self.nodes)
         self.sha256 = {str(path.relative_to(folder)): _digest(path) for path in paths}
 
     def _files(self) -> list[Path]:
@@ -95,21 +96,18 @@ class Module:
         return untagged[0]
 
 
-def _signature(name: str, definition: Any) -> Signature:
-    tf = tensorflow()
+def _signature(definition: Any) -> Signature:
+    float32 = tensorflow().float32.as_datatype_enum
+    sides: list[dict[str, str]] = []
+    shapes, others = {}, []
     for side in (definition.inputs, definition.outputs):
-        for key, info in side.items():
-            if info.WhichOneof("encoding") != "name" or info.dtype != tf.float32.as_datatype_enum:
-                raise ConversionError(f"signature {name!r}: {key!r} is no float32 tensor")
-    for key, info in definition.inputs.items():
-        if info.tensor_shape.unknown_rank:
-            raise ConversionError(f"signature {name!r}: input {key!r} has no known shape")
-    shapes = {
-        key: tuple(None if d.size < 0 else d.size for d in info.tensor_shape.dim)
-        for key, info in definition.inputs.items()
-    }
-    inputs, outputs = ({k: side[k].name for k in sorted(side)} for side in (definition.inputs, definition.outputs))
-    return Signature(inputs, outputs, shapes)
+        plain = {k: i for k, i in side.items() if i.WhichOneof("encoding") == "name" and i.dtype == float32}
+        others += sorted(set(side) - set(plain))
+        sides.append({key: plain[key].name for key in sorted(plain)})
+        if len(sides) == 1:
+            known = {key: info.tensor_shape for key, info in plain.items() if not info.tensor_shape.unknown_rank}
+            shapes = {key: tuple(None if d.size < 0 else d.size for d in shape.dim) for key, shape in known.items()}
+    return Signature(sides[0], sides[1], shapes, tuple(others))
 
 
 def _digest(path: Path) -> str:
@@ -124,9 +122,17 @@ def _slow(file: Any) -> str:
     return digest.hexdigest()
 
 
-def _restored_names(nodes: dict[str, Any]) -> dict[str, str]:
-    """Checkpoint keys by variable node, from the graph's own saver: Assign(variable, RestoreV2(…, tensor_names, …))."""
-    keys: dict[str, str] = {}
+@dataclass(frozen=True)
+class Restored:
+    """Where a variable's value is in the bundle: a key, and the slice of what it holds; "" is all of it."""
+
+    key: str
+    slice: str = ""
+
+
+def _restored_names(nodes: dict[str, Any]) -> dict[str, Restored]:
+    """By variable node, from the graph's own saver: Assign(variable, RestoreV2(…, tensor_names, shape_and_slices))."""
+    keys: dict[str, Restored] = {}
 
     def source(node: Any, index: int) -> tuple[Any, str]:
         """The node and output behind an input, past one Identity."""
@@ -141,24 +147,50 @@ def _restored_names(nodes: dict[str, Any]) -> dict[str, str]:
         restore, port = source(node, 1)
         if restore is None or restore.op != "RestoreV2":
             continue
-        names, _ = source(restore, 1)
+        names, slices = (source(restore, i)[0] for i in (1, 2))
         if names is None or names.op != "Const":
             continue
         try:
-            key = names.attr["value"].tensor.string_val[int(port or 0)].decode("utf-8", "replace")
+            listed = [names, *([] if slices is None or slices.op != "Const" else [slices])]
+            found = [_strings(constant)[int(port or 0)].decode("utf-8", "replace") for constant in listed]
         except (IndexError, ValueError) as error:
             raise ConversionError(f"node {restore.name!r} (RestoreV2) is malformed: {error}"[:300]) from error
+        key = Restored(*found)
         variable = node.input[0].partition(":")[0]
         if keys.setdefault(variable, key) != key:
-            raise ConversionError(f"variable {variable!r} is restored from both {keys[variable]!r} and {key!r}")
+            raise ConversionError(f"variable {variable!r} is restored from both {keys[variable].key!r} and {key.key!r}")
     return keys
+
+
+def _strings(node: Any) -> list[bytes]:
+    """Values of a constant of strings; equal ones at its end are stored once."""
+    tensor = node.attr["value"].tensor
+    values = list(tensor.string_val)
+    missing = math.prod(d.size for d in tensor.tensor_shape.dim) - len(values)
+    return values + values[-1:] * min(max(missing, 0), 1 << 20)
+
+
+def _sliced(array: np.ndarray, text: str, name: str) -> np.ndarray:
+    """A part as the saver writes it: the sizes of all, then a start and a length, or "-" for all, by axis."""
+    *sizes, spans = text.split(" ")
+    try:
+        axes = [
+            (0, size) if span == "-" else tuple(map(int, span.split(",")))
+            for span, size in zip(spans.split(":"), array.shape, strict=True)
+        ]
+        fits = all(low >= 0 <= n and low + n <= size for (low, n), size in zip(axes, array.shape, strict=True))
+        if not fits or tuple(map(int, sizes)) != array.shape:
+            raise ValueError(f"they do not fit {list(array.shape)}")
+    except ValueError as error:
+        raise DamagedModule(f"variable {name!r} has slices that cannot be read, {text[:80]!r}: {error}") from error
+    return array[tuple(slice(low, low + n) for low, n in axes)]
 
 
 class Variables:
     """Values of a variables bundle; its checksums are verified as they are read."""
 
-    def __init__(self, prefix: Path, restored: dict[str, str]):
-        self.prefix, self.restored = prefix, restored
+    def __init__(self, prefix: Path, restored: dict[str, Restored], nodes: dict[str, Any]):
+        self.prefix, self.restored, self._nodes = prefix, restored, nodes
         self.used: set[str] = set()
 
     @cached_property
@@ -190,24 +222,45 @@ class Variables:
         """
         tf = tensorflow()
         shared = node.attr["shared_name"].s.decode("utf-8", "replace")
-        key = self.restored.get(node.name, shared if shared in self.keys else node.name)
+        shape, dtype = tf.TensorShape(node.attr["shape"].shape), tf.dtypes.as_dtype(node.attr["dtype"].type)
+        default = shared if shared in self.keys else node.name
+        where = self.restored.get(node.name) or self._partition(default) or Restored(default)
+        key = where.key
         if key not in self.keys:
             similar = sorted(name for name in self.keys if name.endswith("/" + key.rpartition("/")[2]))[:3]
-            raise ConversionError(
+            raise DamagedModule(
                 f"variable {key!r} (node {node.name!r}) is not in {self.prefix}.index, which has {len(self.keys)} "
                 f"variables{', such as ' + ', '.join(similar) if similar else ''}"
             )
         self.used.add(key)
         value = self._tensor(key)
-        shape, dtype = tf.TensorShape(node.attr["shape"].shape), tf.dtypes.as_dtype(node.attr["dtype"].type)
+        if where.slice:
+            value = _sliced(value, where.slice, key)
         if not shape.is_compatible_with(value.shape) or dtype.base_dtype.as_numpy_dtype != value.dtype:
-            raise ConversionError(
+            raise DamagedModule(
                 f"variable {key!r} is {value.dtype}{list(value.shape)} in {self.prefix}.index, but node {node.name!r} "
-                f"is {dtype.base_dtype.name}{shape} (a partitioned variable's slice, or another module's variables?)"
+                f"is {dtype.base_dtype.name}{shape}: the variables belong to another module"
             )
         if value.dtype.name in FLOATS and not np.isfinite(value.astype(np.float32)).all():
-            raise ConversionError(f"variable {key!r} holds values that are not finite")
+            raise DamagedModule(f"variable {key!r} holds values that are not finite")
         return value
+
+    def _partition(self, name: str) -> Restored | None:
+        """A partitioned variable's part, where no saver says so: "w/part_1" lies in "w" behind "w/part_0"."""
+        whole, found, number = name.rpartition("/part_")
+        if name in self.keys or not found or not number.isdecimal() or whole not in self.keys:
+            return None
+        full = tuple(self._reader.get_variable_to_shape_map()[whole])
+        parts: list[tuple[int, ...]] = []
+        while (node := self._nodes.get(f"{whole}/part_{len(parts)}")) is not None:
+            parts.append(tuple(d.size for d in node.attr["shape"].shape.dim))
+        axes = [axis for axis, size in enumerate(full) if any(part[axis : axis + 1] != (size,) for part in parts)]
+        if int(number) >= len(parts) or len(axes) > 1 or not full:
+            return None
+        axis = axes[0] if axes else 0
+        low, size = sum(part[axis] for part in parts[: int(number)]), parts[int(number)][axis]
+        spans = ":".join(f"{low},{size}" if i == axis else "-" for i in range(len(full)))
+        return Restored(whole, " ".join([*map(str, full), spans]))
 
     def check_unused(self) -> int:
         """Reads the variables that nothing asked for, so that damage anywhere is found; how many they are."""
@@ -221,9 +274,7 @@ class Variables:
         try:
             return np.asarray(self._reader.get_tensor(key))
         except (tf.errors.OpError, RuntimeError, ValueError, IndexError) as error:
-            raise ConversionError(
-                f"variable {key!r} cannot be read from {self.prefix}: {_first_line(error)}"
-            ) from error
+            raise DamagedModule(f"variable {key!r} cannot be read from {self.prefix}: {_first_line(error)}") from error
 
 
 def _first_line(error: Exception) -> str:

@@ -15,8 +15,8 @@ MAX_KNOWN = 1 << 10  # arguments up to this size (shapes, paddings, axes) tell t
 
 _BINARY = """Add AddV2 Sub Mul RealDiv Div DivNoNan MulNoNan Maximum Minimum Pow SquaredDifference FloorDiv FloorMod Mod
     Greater GreaterEqual Less LessEqual Equal NotEqual LogicalAnd LogicalOr"""
-_UNARY = """Neg Sqrt Rsqrt Square Exp Log Log1p Tanh Sigmoid Reciprocal Inv Abs Sign Floor Round LogicalNot ZerosLike
-    OnesLike"""
+_UNARY = """Neg Sqrt Rsqrt Square Exp Expm1 Log Log1p Tanh Sigmoid Reciprocal Inv Abs Sign Floor Ceil Round Rint Erf
+    Erfc Sin Cos LogicalNot ZerosLike OnesLike"""
 _REDUCTIONS = "Sum Mean Max Min Prod"
 _STRIDED = "begin_mask end_mask ellipsis_mask new_axis_mask shrink_axis_mask"
 
@@ -28,18 +28,23 @@ ALLOWED: dict[str, str] = {
     "Any": "input axis | keep_dims",
     "AddN": "*inputs",
     "AvgPool": "value | ksize strides padding data_format",
+    "BatchToSpaceND": "input block_shape crops",
     "BatchMatMul": "x y | adj_x adj_y",
     "BatchMatMulV2": "x y | adj_x adj_y",
     "BatchMatMulV3": "x y | Tout adj_x adj_y",
     "BiasAdd": "value bias | data_format",
+    "BroadcastArgs": "s0 s1",
     "BroadcastTo": "input shape",
     "Cast": "x | DstT Truncate",
     "ClipByValue": "t clip_value_min clip_value_max",
     "Concat": "concat_dim *values",
     "ConcatV2": "*values axis",
     "Conv2D": "input filter | strides padding explicit_paddings data_format dilations",
+    "Conv2DBackpropInput": "input_sizes filter out_backprop | strides padding explicit_paddings data_format dilations",
+    "DepthwiseConv2dNative": "input filter | strides padding explicit_paddings data_format dilations",
     "DepthToSpace": "input | block_size data_format",
     "Einsum": "*inputs | equation",
+    "Elu": "features",
     "ExpandDims": "input axis",
     "Fill": "dims value",
     "FusedBatchNorm": "x scale offset mean variance | epsilon data_format is_training",
@@ -50,7 +55,10 @@ ALLOWED: dict[str, str] = {
     "InvertPermutation": "x",
     "L2Loss": "t",
     "LeakyRelu": "features | alpha",
+    "LogSoftmax": "logits",
     "MatMul": "a b | transpose_a transpose_b",
+    "MatrixDiag": "diagonal",
+    "MirrorPad": "input paddings | mode",
     "MaxPool": "input | ksize strides padding explicit_paddings data_format",
     "OneHot": "indices depth on_value off_value | axis",
     "Pack": "*values | axis",
@@ -59,18 +67,24 @@ ALLOWED: dict[str, str] = {
     "Range": "start limit delta",
     "Rank": "input",
     "Relu": "features",
+    "Relu6": "features",
     "Reshape": "tensor shape",
+    "ResizeArea": "images size | align_corners",
+    "ResizeBicubic": "images size | align_corners half_pixel_centers",
     "ResizeBilinear": "images size | align_corners half_pixel_centers",
     "ResizeNearestNeighbor": "images size | align_corners half_pixel_centers",
     "ReverseV2": "tensor axis",
     "Select": "condition x y",
     "SelectV2": "condition t e",
+    "Selu": "features",
     "Shape": "input | out_type",
     "ShapeN": "*input | out_type",
     "Size": "input | out_type",
     "Slice": "input begin size",
     "Softmax": "logits",
     "Softplus": "features",
+    "Softsign": "features",
+    "SpaceToBatchND": "input block_shape paddings",
     "SpaceToDepth": "input | block_size data_format",
     "Split": "axis value | num_split",
     "SplitV": "value size_splits axis | num_split",
@@ -81,18 +95,29 @@ ALLOWED: dict[str, str] = {
     "Unpack": "value | num axis",
 }
 
+_IMAGES = {
+    "AvgPool", "Conv2D", "DepthToSpace", "DepthwiseConv2dNative", "FusedBatchNorm", "FusedBatchNormV2",
+    "FusedBatchNormV3", "MaxPool", "SpaceToDepth",
+}  # fmt: skip
 # Results of all others hold at most as many values as their arguments.
 _GROWING = {
     *_BINARY.split(), "BatchMatMul", "BatchMatMulV2", "BatchMatMulV3", "BroadcastTo", "Concat", "ConcatV2", "Conv2D",
     "AvgPool", "MaxPool", "Einsum", "Fill", "Gather", "GatherV2", "MatMul", "OneHot", "Pack", "Pad", "PadV2", "Range",
-    "ResizeBilinear", "ResizeNearestNeighbor", "Select", "SelectV2", "Tile",
+    "ResizeArea", "ResizeBicubic", "ResizeBilinear", "ResizeNearestNeighbor", "Select", "SelectV2", "Tile",
+    "Conv2DBackpropInput", "DepthwiseConv2dNative", "MatrixDiag", "MirrorPad", "SpaceToBatchND",
 }  # fmt: skip
 
 IDENTITIES = (
     "Identity", "IdentityN", "StopGradient", "PreventGradient", "Snapshot", "PlaceholderWithDefault", "CheckNumerics",
-    "EnsureShape", "RefIdentity",
+    "EnsureShape", "RefIdentity", "CheckNumericsV2", "DeepCopy", "Copy", "CopyHost", "LoopCond",
 )  # fmt: skip
-NOISE = ("RandomStandardNormal", "StatelessRandomNormal", "StatelessRandomNormalV2")
+FIRST = ("Print",)  # identities of their first input that do something with the others, which is never done here
+# Random draws, and what makes them from draws of N(0, 1), which is what the networks here take.
+NOISE = {
+    "RandomStandardNormal": "", "StatelessRandomNormal": "", "StatelessRandomNormalV2": "",
+    "TruncatedNormal": "truncated_normal", "StatelessTruncatedNormal": "truncated_normal",
+    "RandomUniform": "standard_uniform", "StatelessRandomUniform": "standard_uniform",
+}  # fmt: skip
 SHAPE_ONLY = ("Shape", "ShapeN", "Size", "Rank", "ZerosLike", "OnesLike")  # see no values of their input
 
 
@@ -143,6 +168,8 @@ def evaluate(node: Any, inputs: list[Any]) -> list[Any]:
         raise ConversionError(
             f"node {node.name!r} is a {node.op!r}, which is not among the numeric operations that a module may use"
         )
+    if node.op in _IMAGES and attribute(node, "data_format") == "NCHW":
+        return _channels_first(node, inputs)
     arguments, _, attributes = ALLOWED[node.op].partition("|")
     names = arguments.split()
     extra = len(inputs) - len(names)
@@ -169,6 +196,22 @@ def evaluate(node: Any, inputs: list[Any]) -> list[Any]:
         text = " ".join(str(error).split())[:300]
         raise ConversionError(f"node {node.name!r} ({node.op}) cannot be evaluated: {text}") from error
     return list(result) if isinstance(result, list | tuple) else [result]
+
+
+def _channels_first(node: Any, inputs: list[Any]) -> list[Any]:
+    """Outputs of an operation on [N, C, H, W], by its twin on [N, H, W, C], which is all that CPUs have."""
+    tf, twin = tensorflow(), type(node)()
+    twin.CopyFrom(node)
+    twin.attr["data_format"].s = b"NHWC"
+    for name, width in (("strides", 1), ("ksize", 1), ("dilations", 1), ("explicit_paddings", 2)):
+        values = list(node.attr[name].list.i) if name in node.attr else []
+        if len(values) == 4 * width:
+            groups = [values[i : i + width] for i in range(0, len(values), width)]
+            twin.attr[name].list.i[:] = [n for i in (0, 2, 3, 1) for n in groups[i]]
+    if len(inputs[0].shape) != 4:
+        raise ConversionError(f"node {node.name!r} ({node.op}) takes {len(inputs[0].shape)} axes")
+    first, *others = evaluate(twin, [tf.transpose(inputs[0], [0, 2, 3, 1]), *inputs[1:]])
+    return [tf.transpose(first, [0, 3, 1, 2]), *others]
 
 
 def _check_size(node: Any, function: Any, kwargs: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from weights_conversion.algebra import Poly, decimal
-from weights_conversion.interpret import Constant
+from weights_conversion.frames import Constant
 
 
 def _ancestors(constant: Constant, depth: int = 8) -> Iterator[Constant]:

@@ -9,7 +9,7 @@ import numpy as np
 
 from weights_conversion.algebra import NO_HINT, Hint, Poly, decimal, make, of_layer, same_pads, squeezed
 from weights_conversion.errors import ConversionError, tensorflow
-from weights_conversion.interpret import Constant, Record, Value
+from weights_conversion.frames import Constant, Record, Value
 from weights_conversion.layers import LayerTable, doubled, is_scaled
 from weights_conversion.operations import attribute, evaluate
 from weights_conversion.statistics import denominator, subtracted_mean
@@ -49,7 +49,7 @@ class Tracer:
         else:
             rule = RULES.get(record.op)
             if rule is None:
-                raise ConversionError(f"{describe(record)}: this operation on data is none of a BigBiGAN's")
+                raise ConversionError(f"{describe(record)}: the port has no such operation on data")
             try:
                 made = rule(self, record, *operands)
             except ConversionError as error:
@@ -278,16 +278,27 @@ class Tracer:
     def nearest(self, record: Record, x: Operand, _: Operand) -> Poly:
         assert isinstance(x, Poly)
         out = record.shapes[0]
+        if out == x.shape:
+            return x
         if out == doubled(x.shape) and not attribute(record.node, "align_corners"):
             return self.table.upsample(x, out, record.name)
         if attribute(record.node, "align_corners") or out[1] % x.shape[1] or out[2] % x.shape[2]:
             raise ConversionError(f"nearest resizing of {list(x.shape[1:3])} to {list(out[1:3])}")
         return self.table.layer("Nearest", (x,), out, record.name)
 
+    def area(self, record: Record, x: Operand, size: Operand) -> Poly:
+        assert isinstance(x, Poly)
+        if any(out % side for out, side in zip(record.shapes[0][1:3], x.shape[1:3], strict=True)):
+            raise ConversionError(f"an area resize of {list(x.shape[1:3])} to {list(record.shapes[0][1:3])}")
+        return self.nearest(record, x, size)  # each new pixel lies within an old one
+
     def bilinear(self, record: Record, x: Operand, _: Operand) -> Poly:
         aligned, centers = (bool(attribute(record.node, n)) for n in ("align_corners", "half_pixel_centers"))
-        mode = "bilinear-aligned" if aligned else "bilinear" if centers else "bilinear-asymmetric"
+        kind = "bicubic" if record.op == "ResizeBicubic" else "bilinear"
+        mode = f"{kind}-aligned" if aligned else kind if centers else f"{kind}-asymmetric"
         assert isinstance(x, Poly)
+        if record.shapes[0] == x.shape:
+            return x
         return self.table.layer("Bilinear", (x,), record.shapes[0], record.name, mode=mode)
 
     # ---- cutting, joining, moving
@@ -365,7 +376,7 @@ def _add_n(tracer: Tracer, record: Record, *operands: Operand) -> Poly:
 
 MOVES = (
     "Reshape", "Squeeze", "ExpandDims", "Transpose", "Tile", "DepthToSpace", "SpaceToDepth", "Slice", "StridedSlice",
-    "Pack", "Unpack", "BroadcastTo", "ReverseV2",
+    "Pack", "Unpack", "BroadcastTo", "ReverseV2", "Gather", "GatherV2",
 )  # fmt: skip
 RULES: dict[str, Callable[..., Poly | list[Poly]]] = {
     "Add": Tracer.add,
@@ -400,6 +411,8 @@ RULES: dict[str, Callable[..., Poly | list[Poly]]] = {
     "Pad": Tracer.pad,
     "PadV2": Tracer.pad,
     "ResizeNearestNeighbor": Tracer.nearest,
+    "ResizeArea": Tracer.area,
+    "ResizeBicubic": Tracer.bilinear,
     "ResizeBilinear": Tracer.bilinear,
     "Concat": Tracer.concat,
     "ConcatV2": Tracer.concat,

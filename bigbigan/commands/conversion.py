@@ -25,8 +25,10 @@ def _add_convert(commands: Commands) -> None:
         "convert",
         _convert,
         "turn a TF-Hub module, or a .pth of others, into a model folder\n\n"
-        "A module's architecture is read from its graph. Every output of every signature is then computed by the\n"
-        "module and by the result, on the same inputs: above 1e-4 of an output's largest value nothing is written.\n"
+        "A module's architecture is read from its graph, network by network. A network that this package's layers do\n"
+        "not express becomes a graph network: it runs the module's operations and gives the same outputs, but it\n"
+        "cannot be trained by a recipe or fused. Every output is then computed by the module and by the result, on\n"
+        "the same inputs: a network that differs by more than 1e-4 of an output's largest value is not written.\n"
         "Needs the extra: pip install 'bigbigan[convert]' (a .pth does not).",
         "Examples:\n"
         "  bigbigan convert bigbigan-resnet50                    download it; load('bigbigan-resnet50') finds it\n"
@@ -34,7 +36,8 @@ def _add_convert(commands: Commands) -> None:
         "  bigbigan convert FOLDER -o my-model --image cat.jpg   to a place of your own, compared on a photo too\n"
         "  bigbigan convert BigBiGAN_x1.pth -o my-generator      a third-party generator checkpoint\n"
         "Example: bigbigan convert FOLDER --inspect\n"
-        "Exit codes: 0 done, 1 refused (nothing written), 2 wrong usage, or no such source.",
+        "Exit codes: 0 done (networks left out are warned of), 1 refused (nothing written), 2 wrong usage, or no such\n"
+        "source.",
     )
     parser.add_argument(
         "source",
@@ -51,6 +54,13 @@ def _add_convert(commands: Commands) -> None:
         type=Path,
         dest="images",
         help="compare on this picture too; may be repeated",
+    )
+    parser.add_argument(
+        "--form",
+        choices=("auto", "port", "graph"),
+        default="auto",
+        help="port: this package's layers, or refuse; graph: the module's operations; auto: a port where it matches, "
+        "else a graph network (default: %(default)s)",
     )
     parser.add_argument(
         "--inspect", action="store_true", help="print signatures and layers, without weights, and write nothing"
@@ -115,7 +125,8 @@ def _module(arguments: argparse.Namespace) -> int:
     if arguments.inspect:
         inspect(arguments.source, print)
         return 0
-    print(convert(arguments.source, arguments.output, name=arguments.name, images=arguments.images, report=logger.info))
+    options = {"name": arguments.name, "images": arguments.images, "form": arguments.form}
+    print(convert(arguments.source, arguments.output, **options, report=logger.info))
     return 0
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from bigbigan.commands.options import Commands, add_command, columns_text
 
 if TYPE_CHECKING:
     from bigbigan.config import BigBiGANConfig
+    from bigbigan.graph import Graph
 
 
 def add_parsers(commands: Commands) -> None:
@@ -39,14 +41,16 @@ def add_parsers(commands: Commands) -> None:
     parser.add_argument("--json", action="store_true", help="JSON instead of lines")
 
 
-def count_parameters(config: BigBiGANConfig) -> dict[str, int]:
+def count_parameters(
+    config: BigBiGANConfig, parts: Iterable[str] | None = None, graphs: Mapping[str, Graph] | None = None
+) -> dict[str, int]:
     """Parameters by part, counted without allocating any."""
     import torch
 
     from bigbigan.model import BigBiGAN
 
     with torch.device("meta"):
-        model = BigBiGAN(config)
+        model = BigBiGAN(config, None if parts is None else tuple(parts), graphs=graphs)
     return {part: sum(p.numel() for p in getattr(model, part).parameters()) for part in model.parts}
 
 
@@ -95,7 +99,7 @@ def _cell(value: Any) -> str:
 def _info(arguments: argparse.Namespace) -> int:
     from dataclasses import asdict
 
-    from bigbigan import hub, modelfolder
+    from bigbigan import factory, hub, modelfolder
     from bigbigan.modelcard import flatten
     from bigbigan.presets import PRESETS, normalize
     from bigbigan.schema import to_dict
@@ -111,11 +115,16 @@ def _info(arguments: argparse.Namespace) -> int:
         config = preset.config
         document = {"name": preset.name, "description": preset.description, "origin": preset.origin}
         document |= {"weights": None, "how_to_get_weights": " ".join(str(error).split())}
+        counted = count_parameters(config)
     else:
         config = described.config
+        graphs = factory.read_graphs(folder, described.files, config)
+        graphless = modelfolder.graph_parts(config, [part for part in config.parts if part not in graphs])
+        known = [part for part in config.parts if part not in graphless]
+        counted = count_parameters(config, known, graphs)
         document = {**asdict(described.info), "weights": str(folder)}
         document["files"] = {part: asdict(entry) for part, entry in described.files.items()}
-    document |= {"parameters": count_parameters(config), "architecture": to_dict(config)}
+    document |= {"parameters": counted, "architecture": to_dict(config)}
     if arguments.json:
         print(json.dumps(document, indent=2, ensure_ascii=False))
     else:

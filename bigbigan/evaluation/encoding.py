@@ -23,6 +23,7 @@ from safetensors import safe_open
 from torch import Tensor
 from tqdm import tqdm
 
+from bigbigan.collectives import gather
 from bigbigan.config import PreprocessConfig
 from bigbigan.data.workers import default_workers, run_jobs
 from bigbigan.evaluation.feature_files import feature_writer
@@ -178,9 +179,10 @@ def encode_files(
         start = pieces[-1].stop if pieces else bounds[rank]
         if pieces:
             progressed = start - bounds[rank], bounds[rank + 1] - bounds[rank]
-            logger.info("going on from %s: %d of %d images are done", own, *progressed)
+            logger.info("resuming from %s: %d of %d images are done", own, *progressed)
         _check_room(work, (2 * len(names) - sum(piece.rows for piece in pieces)) * 4 * sum(encode.widths.values()))
-        resumed = sum(_gather(sum(piece.rows for piece in pieces), world_size))
+        kept = sum(piece.rows for piece in pieces)
+        resumed = kept if world_size == 1 else sum(gather(kept, _collective_device()))
         read = partial(_read, model.config.preprocess, model.config.image_channels, options)
         todo = list(files.values())[start : bounds[rank + 1]]
         images: Iterable[Read] = _read_ahead(read, todo, _workers(workers, len(todo), model), 2 * batch_size)
@@ -217,6 +219,12 @@ def encode_files(
         return report
 
 
+def _collective_device() -> torch.device:
+    """Where the process group's tensors lie: NCCL takes those of a GPU alone."""
+    cuda = torch.distributed.get_backend() == "nccl"
+    return torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+
+
 def _beside(output: Path, end: str) -> Path:
     return output.with_name(f"{output.name}.{end}")
 
@@ -224,14 +232,6 @@ def _beside(output: Path, end: str) -> Path:
 def _wait(world_size: int) -> None:
     if world_size > 1:
         torch.distributed.barrier()
-
-
-def _gather(value: int, world_size: int) -> list[int]:
-    if world_size == 1:
-        return [value]
-    found: list[Any] = [None] * world_size
-    torch.distributed.all_gather_object(found, value)
-    return found
 
 
 def _rows(pieces: Sequence[Piece], dtype: torch.dtype, seed: int, name: str) -> Iterator[NDArray[np.float32]]:

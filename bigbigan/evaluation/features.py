@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from bigbigan.arrays import as_seed
-from bigbigan.config import EncoderConfig, MLPEncoderConfig
+from bigbigan.config import EncoderConfig, GraphEncoderConfig, MLPEncoderConfig
 from bigbigan.encoder import EncoderOutput
 from bigbigan.model import BigBiGAN
 from bigbigan.schema import to_dict
@@ -69,6 +69,6 @@ class BatchEncoder:
                 logger.warning("out of memory with %d images at once: going on with %d", size, size // 2)
 
 
-def _widths(config: EncoderConfig | MLPEncoderConfig) -> dict[str, int]:
+def _widths(config: EncoderConfig | MLPEncoderConfig | GraphEncoderConfig) -> dict[str, int]:
     latents = dict.fromkeys(("z_sample", "z_mean", "z_stdev"), config.z_dim)
     return {**latents, "avepool_feat": config.num_features, "bn_crelu_feat": 2 * config.num_features}

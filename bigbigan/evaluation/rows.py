@@ -72,8 +72,9 @@ Rows = Tensor | StoredRows
 
 
 def as_rows(x: Any, name: str = "features") -> Rows:
-    """Arrays, lists and frames as tensors (`as_tensor`); stored rows stay what they are."""
-    return x if isinstance(x, StoredRows) else as_tensor(x, name)
+    """Arrays, lists and frames as tensors (`as_tensor`); rows that are read when indexed stay what they are."""
+    read_when_indexed = isinstance(x, StoredRows) or (hasattr(x, "shape") and not hasattr(x, "__array__"))
+    return x if read_when_indexed else as_tensor(x, name)
 
 
 def select(rows: Rows, index: Tensor) -> Rows:

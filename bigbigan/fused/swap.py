@@ -48,6 +48,7 @@ from bigbigan.fused.leaves import (
     window_of,
 )
 from bigbigan.generator import Generator
+from bigbigan.graph import GraphNetwork
 from bigbigan.layers import (
     ConditionalNormReLU,
     DownsampleConv2d,
@@ -320,6 +321,9 @@ def fuse(network: M) -> M:
     if isinstance(network, FusedPart):
         return network
     check_fusible(network)
+    if isinstance(network, GraphNetwork):
+        logger.info("the %s is in graph form, which has no faster form: it stays as it is", network.part)
+        return network
     weight = next(network.parameters())
     if weight.device.type != "cpu":
         logger.info("nothing is known to be faster on %s than the plain form, which stays", weight.device.type)

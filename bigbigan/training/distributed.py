@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import threading
@@ -18,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from bigbigan.collectives import gather
 from bigbigan.layers import synchronize_batch_norm
 from bigbigan.training.step import TrainingState
 
@@ -115,16 +115,7 @@ class Processes:
 
     def gather(self, value: Any) -> list[Any]:
         """JSON-able values of all processes, in order of rank."""
-        if self.world_size == 1:
-            return [value]
-        data = torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8, device=self.device)
-        sizes = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(self.world_size)]
-        dist.all_gather(sizes, torch.tensor([len(data)], device=self.device))
-        longest = int(max(sizes).item())
-        gathered = [data.new_zeros(longest) for _ in sizes]
-        dist.all_gather(gathered, torch.nn.functional.pad(data, (0, longest - len(data))))
-        pieces = zip(gathered, sizes, strict=True)
-        return [json.loads(bytes(piece[: int(n)].tolist())) for piece, n in pieces]
+        return [value] if self.world_size == 1 else gather(value, self.device)
 
     def share(self, size: int, what: str = "batch_size") -> slice:
         """This process's rows of `size` that are dealt evenly.

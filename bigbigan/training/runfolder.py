@@ -206,6 +206,7 @@ def _completed(train: dict[str, Any]) -> dict[str, Any]:
     """With the fields that newer versions of the package have: their defaults are what was done before."""
     fields, crops = dataclasses.fields(TrainConfig), train.get("augmentation", {})
     defaults = {field.name: field.default for field in fields if field.default is not dataclasses.MISSING}
+    defaults = json.loads(json.dumps(defaults))  # as a file has them: tuples as lists
     return (
         defaults | train | {"augmentation": to_dict(AugmentationConfig()) | crops if isinstance(crops, dict) else crops}
     )

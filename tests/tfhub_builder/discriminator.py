@@ -50,6 +50,10 @@ def image_features(w: Writer, x: Tensor) -> Tensor:
 
 def score(w: Writer, name: str, x: Tensor) -> Tensor:
     """[N, D] -> [N]."""
+    if w.departs("score_product"):
+        with w.scope(name):
+            weight = tf.reshape(w.matrix(x.shape[-1], 1, 1.3), [-1])
+            return tf.reduce_sum(x * weight, 1) + w.trained("b", w.variables.vector(w.name("b"), 1, -0.15, 0.15))
     y = w.linear(name, x, 1)
     if w.style.score == "squeeze":
         return tf.squeeze(y, [1])

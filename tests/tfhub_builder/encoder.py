@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import numpy as np
 import tensorflow as tf
 
 from .layers import Tensor, Writer, v1
 from .mlp import residual_mlp
 
+raw = tf.raw_ops
 LAST_GAIN = 0.5  # of the last convolution of a unit: keeps deep trunks near unit scale
 
 
 def stem(w: Writer, x: Tensor, channels: int) -> Tensor:
     """7x7 convolution and 3x3 max-pool, strides 2: no bias, norm or relu."""
     spec = w.spec.encoder
+    if w.departs("image_normalised"):
+        x = ((x + 1.0) / 2.0 - np.array([0.485, 0.456, 0.406], np.float32)) / np.array(
+            [0.229, 0.224, 0.225], np.float32
+        )
+    if w.departs("image_resized"):
+        x = raw.ResizeBilinear(images=x, size=[spec.resolution, spec.resolution])
     x = w.conv("initial_conv", x, channels, 7, stride=2, padding=spec.stem_padding, bias=False)
+    if w.departs("stem_norm"):
+        x = w.relu(norm(w, "stem_norm", x))
     if spec.pool_padding == "same":
         return tf.nn.max_pool2d(x, 3, 2, "SAME")
     value = 0.0 if spec.pool_padding == "zero" else tf.float32.min
@@ -89,6 +99,10 @@ def trunk(w: Writer, x: Tensor) -> Tensor:
         if spec.architecture == "revnet" and stage > 0:
             x = widen(w, x)
         for unit in range(depth):
+            if w.departs("late_strides"):
+                last = unit == depth - 1 and stage < len(spec.depths) - 1
+                x = resnet_unit(w, f"stage_{stage}/unit_{unit}", x, first * 2**stage, 2 if last else 1)
+                continue
             name = f"stage_{stage}/unit_{unit}"
             if spec.architecture == "revnet":
                 x = revnet_unit(w, name, x)
@@ -111,6 +125,12 @@ def crelu_features(w: Writer, features: Tensor) -> Tensor:
 
 
 def softplus(w: Writer, x: Tensor) -> Tensor:
+    if w.departs("stdev_exp"):
+        return tf.exp(0.5 * x)
+    if w.departs("stdev_sqrt"):
+        return tf.sqrt(tf.nn.softplus(x))
+    if w.departs("stdev_clipped"):
+        return tf.minimum(tf.nn.softplus(x), 2.0) + 1e-3
     if w.style.softplus == "log1p_exp":
         return tf.math.log1p(tf.exp(x))
     return tf.math.log(1.0 + tf.exp(x)) if w.style.softplus == "log_one_plus_exp" else tf.nn.softplus(x)
@@ -119,6 +139,13 @@ def softplus(w: Writer, x: Tensor) -> Tensor:
 def standard_normal(w: Writer, like: Tensor) -> Tensor:
     """N(0, 1) noise of the shape of `like`."""
     shape = tf.shape(like)
+    if w.departs("truncated_normal"):
+        return tf.raw_ops.TruncatedNormal(shape=shape, dtype=tf.float32)
+    if w.style.noise == "broadcast":  # as MultivariateNormalDiag of tensorflow_probability 0.8
+        batch = tf.broadcast_dynamic_shape(shape[:-1], tf.shape(like * 2.0)[:-1])
+        event = tf.broadcast_dynamic_shape(shape[-1:], [like.shape[-1]])
+        noise = v1.random_normal(tf.concat([[1], batch, event], 0))
+        return tf.reshape(noise, tf.concat([batch, event], 0))
     if w.style.noise == "raw":
         return tf.raw_ops.RandomStandardNormal(shape=shape, dtype=tf.float32)
     if w.style.noise in ("tfp", "sample_axis"):  # as a distribution's sample(): one leading sample axis

@@ -70,6 +70,8 @@ def generator(w: Writer, z: Tensor) -> Tensor:
     spec = w.spec.generator
     widths = [spec.base_channels * multiple for multiple in GENERATOR_WIDTHS[spec.resolution]]
     with w.scope("GenEncWrapper"), w.scope("Generator"):
+        if w.departs("normalised_z"):
+            z = z * tf.math.rsqrt(tf.maximum(tf.reduce_sum(tf.square(z), 1, keepdims=True), 1e-12)) * 4.0
         chunks = w.split(z, spec.z_chunks)
         conditions = chunks[1:]
         if spec.class_dim:
@@ -83,6 +85,10 @@ def generator(w: Writer, z: Tensor) -> Tensor:
             if x.shape[1] == spec.attention_resolution:
                 x = attention(w, x)
         x = w.relu(w.batch_norm("BatchNorm", x, spec.bn_eps))
+        if w.departs("clipped"):
+            return tf.clip_by_value(w.conv("conv_2d", x, 3, 3), -1.0, 1.0)
+        if w.departs("sigmoid"):
+            return 2.0 * tf.sigmoid(w.conv("conv_2d", x, 3, 3)) - 1.0
         return (
             tf.tanh(w.conv("conv_2d", x, 8, 3))[..., :3]
             if w.style.padded_image
@@ -96,7 +102,13 @@ def upsampled(w: Writer, image: Tensor) -> Tensor:
     size = tf.constant([side, side])
     if w.style.dynamic_shapes:
         size = tf.shape(image)[1:3] * tf.constant(side // image.shape[1])
-    if mode == "nearest":
+    if w.departs("bicubic"):
+        y = raw.ResizeBicubic(images=image, size=size)
+    elif w.departs("bicubic_half_pixel"):
+        y = raw.ResizeBicubic(images=image, size=size, half_pixel_centers=True)
+    elif w.departs("area"):
+        y = raw.ResizeArea(images=image, size=size)
+    elif mode == "nearest":
         y = raw.ResizeNearestNeighbor(images=image, size=size)
     else:
         y = raw.ResizeBilinear(

@@ -34,6 +34,10 @@ class Writer:
         self.path: list[str] = []
         self._clutter = itertools.cycle(self.style.clutter) if self.style.clutter else None
 
+    def departs(self, name: str) -> bool:
+        """Whether the module is written in this way, which no known description has."""
+        return name in self.spec.departures
+
     # ---- names, variables
 
     @contextlib.contextmanager
@@ -90,6 +94,9 @@ class Writer:
 
             v = normalize(tf.matmul(self.variables.read(u0), flat))
             u = normalize(tf.matmul(v, flat, transpose_b=True))
+            if self.departs("power_loop"):
+                u = self._power_loop(u, flat, normalize)
+                v = normalize(tf.matmul(u, flat))
             if self.style.u0_read_back and not self.training:
                 with tf.control_dependencies([tf.group(u0.assign(u))]):
                     u = u0.read_value()
@@ -98,6 +105,16 @@ class Writer:
                 with tf.control_dependencies([u0.assign(u)]):
                     return tf.identity(weight / tf.reshape(sigma, []))
             return weight / tf.reshape(sigma, [])
+
+    def _power_loop(self, u: Tensor, flat: Tensor, normalize: Callable[[Tensor], Tensor]) -> Tensor:
+        """Two more iterations; the loop counts in a loop of its own."""
+
+        def body(i: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+            step = tf.while_loop(lambda k: k < 1, lambda k: k + 1, [tf.constant(0)])
+            step = step[0] if isinstance(step, list | tuple) else step
+            return i + step, normalize(tf.matmul(normalize(tf.matmul(u, flat)), flat, transpose_b=True))
+
+        return tf.while_loop(lambda i, u: i < 2, body, [tf.constant(0), u])[1]
 
     # ---- plumbing
 
@@ -152,13 +169,26 @@ class Writer:
             inputs, size = x.shape[-1], x.shape[1]
             weight = self.weight((kernel, kernel, inputs, outputs), kernel * kernel * inputs, gain)
             pads, same = pads_of(kernel, stride, padding, size), pads_of(kernel, stride, "same", size)
-            if self.style.conv == "explicit":
+            half = self.departs("bfloat16") and self.path[1] in ("Generator", "F")
+            if half:
+                x, weight = tf.cast(x, tf.bfloat16), tf.cast(weight, tf.bfloat16)
+            if self.departs("channels_first"):  # which TensorFlow itself does not run on CPUs
+                y = tf.pad(tf.transpose(x, [0, 3, 1, 2]), [[0, 0], [0, 0], pads, pads])
+                y = tf.transpose(tf.nn.conv2d(y, weight, stride, "VALID", data_format="NCHW"), [0, 2, 3, 1])
+            elif self.departs("dilated") and kernel == 3 and stride == 1 and size >= 8:
+                blocks = tf.space_to_batch(x, [2, 2], [[2, 2], [2, 2]])
+                y = tf.batch_to_space(tf.nn.conv2d(blocks, weight, 1, "VALID"), [2, 2], [[0, 0], [0, 0]])
+                y.set_shape([None, size, size, outputs])
+            elif self.style.conv == "explicit":
                 y = tf.nn.conv2d(x, weight, stride, [[0, 0], pads, pads, [0, 0]])
             elif self.style.conv == "same" and pads == same:
                 y = tf.nn.conv2d(x, weight, stride, "SAME")
             else:
                 x = tf.pad(x, [[0, 0], pads, pads, [0, 0]]) if any(pads) else x
                 y = tf.nn.conv2d(x, weight, stride, "VALID")
+            y = tf.cast(y, tf.float32) if half else y
+            if self.departs("print") and name.startswith("conv"):
+                y = v1.Print(y, [tf.shape(y), tf.strings.as_string(tf.reduce_sum(y))], "printed")
             return self.clutter(self.bias(y) if bias else y)
 
     def linear(self, name: str, x: Tensor, outputs: int, *, bias: bool = True, gain: float = 1.3) -> Tensor:
@@ -180,6 +210,8 @@ class Writer:
         else:
             stored = self._accumulated(mean.reshape(shape), var.reshape(shape))
         flat = tuple(tf.reshape(value, [size]) if len(shape) > 1 else value for value in stored)
+        if self.departs("float64_statistics"):
+            flat = tuple(tf.cast(tf.cast(value, tf.float64) * 2.0 / 2.0, tf.float32) for value in flat)
 
         def batch() -> tuple[Tensor, Tensor]:
             moments = tf.nn.moments(x, list(range(len(x.shape) - 1)))
@@ -306,6 +338,22 @@ class Writer:
         if self.style.upsample == "broadcast":
             y = tf.reshape(x, [-1, height, 1, width, 1, channels]) * tf.ones([1, 1, 2, 1, 2, 1])
             return tf.reshape(y, [-1, 2 * height, 2 * width, channels])
+        if self.departs("upsample_gather"):
+            for axis, side in ((1, height), (2, width)):
+                x = tf.gather(x, np.arange(2 * side) // 2, axis=axis)
+            return x
+        if self.departs("upsample_concat"):
+            y = tf.reshape(tf.concat([x, x], -1), [-1, height, 2 * width, channels])
+            return tf.reshape(tf.concat([y, y], 2), [-1, 2 * height, 2 * width, channels])
+        if self.departs("upsample_transposed"):
+            kernel = np.zeros((2, 2, channels, channels), np.float32)
+            kernel[:, :] = np.eye(channels)
+            shape = tf.stack([tf.shape(x)[0], 2 * height, 2 * width, channels])
+            y = tf.nn.conv2d_transpose(x, kernel, shape, 2, "SAME")
+            y.set_shape([None, 2 * height, 2 * width, channels])
+            return y
+        if self.departs("upsample_bilinear"):
+            return tf.raw_ops.ResizeBilinear(images=x, size=[2 * height, 2 * width], half_pixel_centers=True)
         if self.style.upsample == "depth_to_space":
             return raw.DepthToSpace(input=tf.concat([x] * 4, -1), block_size=2)
         size = tf.constant([2 * height, 2 * width])

@@ -35,6 +35,7 @@ def build_module(folder: str | Path, spec: ModuleSpec, seed: int = 0) -> BuiltMo
     folder = Path(folder)
     (folder / "variables").mkdir(parents=True)
     variables = Variables(spec.style, seed)
+    variables.partitioned = "partitioned" in spec.departures
     saved = saved_model_pb2.SavedModel(saved_model_schema_version=1)
     saved.meta_graphs.append(write_meta_graph(spec, variables, folder))
     if spec.style.train_graph:
@@ -43,19 +44,25 @@ def build_module(folder: str | Path, spec: ModuleSpec, seed: int = 0) -> BuiltMo
         variables.values = {**trained.values, **variables.values}
     (folder / "saved_model.pb").write_bytes(saved.SerializeToString(deterministic=True))
     (folder / "tfhub_module.pb").write_bytes(MODULE_DEF)
-    save_variables(folder, variables.values)
+    save_variables(folder, variables.values, variables.slices)
     return BuiltModule(folder, spec, {name: value.shape for name, value in sorted(variables.values.items())})
 
 
-def save_variables(folder: Path, values: Mapping[str, np.ndarray]) -> None:
+def save_variables(
+    folder: Path, values: Mapping[str, np.ndarray], slices: Mapping[str, list[str]] | None = None
+) -> None:
     """The bundle `variables/variables.{index,data-00000-of-00001}`, as TensorFlow's Saver writes it."""
-    names = sorted(values)
-    tf.raw_ops.SaveV2(
-        prefix=str(folder / "variables" / "variables"),
-        tensor_names=names,
-        shape_and_slices=[""] * len(names),
-        tensors=[values[name] for name in names],
-    )
+    rows = []
+    for name in sorted(values):
+        value = values[name]
+        for text in (slices or {}).get(name, [""]):
+            spans = [span for span in text.split(" ")[-1].split(":") if text]
+            bounds = [None if span == "-" else tuple(map(int, span.split(","))) for span in spans]
+            part = value[tuple(slice(None) if b is None else slice(b[0], b[0] + b[1]) for b in bounds)]
+            rows.append((name, text, np.ascontiguousarray(part).reshape(part.shape)))
+    names, texts, tensors = map(list, zip(*rows, strict=True))
+    prefix = str(folder / "variables" / "variables")
+    tf.raw_ops.SaveV2(prefix=prefix, tensor_names=names, shape_and_slices=texts, tensors=tensors)
 
 
 def write_meta_graph(
@@ -130,6 +137,13 @@ def write_asset(folder: Path) -> None:
     v1.add_to_collection(v1.GraphKeys.ASSET_FILEPATHS, path)
 
 
+def truncated(noise: np.ndarray) -> np.ndarray:
+    """What a normal distribution cut at two deviations has where N(0, 1) has `noise`."""
+    from scipy import stats
+
+    return stats.truncnorm.ppf(stats.norm.cdf(noise.astype(np.float64)), -2, 2).astype(np.float32)
+
+
 def noise_tensors(graph: tf.Graph, outputs: list[Tensor]) -> list[Tensor]:
     """Standard-normal noise that the outputs depend on along data edges."""
     seen: set[str] = set()
@@ -139,7 +153,7 @@ def noise_tensors(graph: tf.Graph, outputs: list[Tensor]) -> list[Tensor]:
         if op.name not in seen:
             seen.add(op.name)
             stack.extend(tensor.op for tensor in op.inputs)
-            if op.type == "RandomStandardNormal":
+            if op.type in ("RandomStandardNormal", "TruncatedNormal"):
                 found.append(op.outputs[0])
     return found
 
@@ -167,7 +181,8 @@ def run_references(
             values = {graph.get_tensor_by_name(definition.inputs[key].name): array for key, array in arrays.items()}
             for tensor in noise_tensors(graph, list(outputs.values())) if noise is not None else ():
                 leading = tensor.shape.rank - noise.ndim if tensor.shape.rank else 0
-                values[tensor] = noise.reshape((1,) * leading + noise.shape)
+                drawn = truncated(noise) if tensor.op.type == "TruncatedNormal" else noise
+                values[tensor] = drawn.reshape((1,) * leading + noise.shape)
             results[signature] = session.run(outputs, values)
     return results
 

@@ -74,7 +74,7 @@ def cyclic_restore(good: Path, path: Path) -> Path:
     return edit(good, path, change)
 
 
-@hostile()
+@hostile("refuse_port")
 def doubled_sums(good: Path, path: Path) -> Path:
     """Two to the power of 60 terms, if sums are cut term by term."""
 
@@ -86,7 +86,7 @@ def doubled_sums(good: Path, path: Path) -> Path:
     return edit(good, path, splice("generate", "default", double))
 
 
-@hostile()
+@hostile("refuse_port")
 def wide_constants(good: Path, path: Path) -> Path:
     """300 to the power of 4 ways from a factor to where it comes from."""
 
@@ -178,7 +178,7 @@ def py_func(good: Path, path: Path) -> Path:
     return edit(good, path, splice("generate", "default", touch))
 
 
-@hostile()
+@hostile("consistent")
 def print_identity(good: Path, path: Path) -> Path:
     return edit(good, path, splice("generate", "default", lambda x: tf.compat.v1.Print(x, [x], "printed")))
 

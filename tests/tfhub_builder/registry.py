@@ -14,7 +14,7 @@ from tensorflow.core.protobuf import saved_model_pb2
 
 from .module import save_variables
 
-Expect = Literal["refuse", "not_run", "consistent"]
+Expect = Literal["refuse", "refuse_port", "not_run", "consistent"]
 Maker = Callable[[Path, Path], Path]
 
 
@@ -22,7 +22,8 @@ Maker = Callable[[Path, Path], Path]
 class Hostile:
     """A maker of one hostile module.
 
-    expect: "refuse": conversion must stop, naming the cause. "not_run": the payload is off every data path; refusing
+    expect: "refuse": conversion must stop, or leave the network out. "refuse_port": a sound module that
+    the match must give up in time; a graph network holds it. "not_run": the payload is off every data path; refusing
     and converting rightly are both sound, running it is not. "consistent": a sound module of unusual numbers.
     """
 

@@ -118,7 +118,7 @@ class Style:
     class_broadcast: Literal["fill_matmul", "tile", "gather", "constant_row"] = "fill_matmul"
     gain: Literal["one_plus", "plus_one"] = "one_plus"
     softplus: Literal["op", "log1p_exp", "log_one_plus_exp"] = "op"
-    noise: Literal["random_normal", "raw", "tfp", "sample_axis"] = "random_normal"
+    noise: Literal["random_normal", "raw", "tfp", "sample_axis", "broadcast"] = "random_normal"
     crelu: Literal["two_relus", "concat_first"] = "two_relus"
     score: Literal["squeeze", "reshape", "slice", "sum"] = "squeeze"
     variables: Literal["resource", "reference"] = "resource"
@@ -152,6 +152,7 @@ class ModuleSpec:
     spectral_norm_form: Literal["eps_added", "rsqrt_maximum"] = "eps_added"
     stdev_offset: float = 0.0  # outside the known family: softplus(x) + offset
     sample_activation: bool = False  # outside the known family: tanh on z_sample alone
+    departures: tuple[str, ...] = ()  # outside the known family; `forms.FORMS` lists them
     attention_scale: float = 1.0  # outside the known family unless 1: factor on the attention logits
     tags: tuple[str, ...] = ()
 

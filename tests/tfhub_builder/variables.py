@@ -23,6 +23,8 @@ class Variables:
     def __init__(self, style: Style, seed: int, shapes_only: bool = False):
         self.style, self.seed, self.shapes_only = style, seed, shapes_only
         self.values: dict[str, np.ndarray] = {}  # by stored name
+        self.slices: dict[str, list[str]] = {}  # of partitioned variables, by stored name
+        self.partitioned = False
         self._variables: dict[str, tf.Variable] = {}  # by canonical name
 
     def random(self, meaning: str) -> np.random.Generator:
@@ -48,6 +50,18 @@ class Variables:
             name = self.stored_name(canonical)
             shape = list(value.shape)
             with tf.init_scope(), v1.name_scope(None):  # outside any function or branch being written
+                if self.partitioned and trainable and min(shape, default=0) > 1:
+                    parted = v1.get_variable(
+                        name,
+                        shape,
+                        initializer=v1.zeros_initializer(),
+                        partitioner=v1.fixed_size_partitioner(2, len(shape) - 1),
+                        use_resource=self.style.variables == "resource",
+                    )
+                    self._variables[canonical] = parted
+                    self.values[name] = np.asarray(value, np.float32, order="C")
+                    self.slices[name] = [part._save_slice_info.spec for part in parted]
+                    return parted
                 initial = (lambda: v1.truncated_normal(shape)) if trainable else (lambda: tf.ones(shape))
                 variable = v1.Variable(
                     initial, name=name, trainable=trainable, dtype=tf.float32,
@@ -61,6 +75,8 @@ class Variables:
         return self._variables[canonical]
 
     def read(self, variable: tf.Variable) -> tf.Tensor:
+        if not hasattr(variable, "op"):  # partitioned
+            return variable.as_tensor()
         if self.style.functions == "by_value":  # the function gets the value as an argument
             with tf.init_scope(), v1.name_scope(None):
                 return tf.identity(variable)
