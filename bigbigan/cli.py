@@ -63,7 +63,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _one_line(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
-    return ". ".join(line.rstrip(".") for line in str(error).splitlines()) or type(error).__name__
+    *lines, last = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return "".join(
+        f"{line} " if line.endswith((".", ":", ";", "?", "!")) else f"{line}. " for line in lines
+    ) + last.rstrip(".")
 
 
 @contextmanager

@@ -130,7 +130,8 @@ def _preset(name: str, client: _Repository, parts: Sequence[str] | None) -> tupl
     try:
         preset = get_preset(name)
     except ValueError as error:
-        raise ValueError(f"{error}. A name may also be a folder, or a repository as 'org/name'") from error
+        text = str(error) if str(error).endswith("?") else f"{error}."
+        raise ValueError(f"{text} A name may also be a folder, or a repository as 'org/name'") from error
     local = _converted(preset.name)
     if client.revision is None and (local / modelfolder.CONFIG_NAME).exists():
         return local, False

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from bigbigan.config import BigBiGANConfig, DiscriminatorConfig, GraphConfig, ModelInfo
+from bigbigan.markdown import escape, one_line, table
 
 USES = {
     "generator": "images = model.generate(8, seed=0)  # [8, C, S, S] in [-1, 1]",
@@ -29,7 +30,7 @@ def model_card(
     `where` is what `load` takes to get the model: a folder, or `org/name` on the Hub.
     """
     method, title, arxiv = _method(config)
-    name = _line(info.name) or f"{method} model"
+    name = info.name or f"{method} model"
     code = [
         "from bigbigan import load",
         "",
@@ -44,20 +45,20 @@ def model_card(
         parts.append((f"`{part}.safetensors`", f"{numbers:,}", dtype, f"{size / 1e6:,.1f} MB"))
     sections = [
         _metadata(info, states),
-        f"# {name}",
+        f"# {escape(name)}",
         f"{method} ({', '.join(states)}) for the Python package `bigbigan`. The method is that of "
         f"[{title}](https://arxiv.org/abs/{arxiv}).",
         "```python\n" + "\n".join(code) + "\n```",
-        _table(("File", "Values", "Type", "Size"), parts),
+        _table(("File", "Values", "Type", "Size"), parts, ready=True),
         "`config.json` has the architecture, and the size and SHA-256 of each file; loading checks them.",
         *_graphs(config, states),
-        f"**Source:** {_line(info.source) or 'not stated'}\n\n**License:** {_line(info.license) or 'not stated'}",
+        f"**Source:** {escape(info.source) or 'not stated'}\n\n**License:** {escape(info.license) or 'not stated'}",
     ]
     tables = {key: value for key, value in info.provenance.items() if _is_table(value)}
     if facts := list(flatten({key: value for key, value in info.provenance.items() if key not in tables})):
         sections += ["## Provenance", _table(("Fact", "Value"), facts)]
     for key, rows in tables.items():  # such as a converted model's differences to its source, output by output
-        sections += [f"### {_line(key)}", _table(tuple(rows[0]), [tuple(map(str, row.values())) for row in rows])]
+        sections += [f"### {escape(key)}", _table(tuple(rows[0]), [tuple(map(str, row.values())) for row in rows])]
     return "\n\n".join(sections) + "\n"
 
 
@@ -91,7 +92,7 @@ def _metadata(info: ModelInfo, parts: Iterable[str]) -> str:
         if re.fullmatch(r"[a-z0-9][a-z0-9.\-]*", info.license):
             lines.append(f"license: {info.license}")
         else:  # the Hub knows licences by lower-case identifiers; a JSON string is a YAML string
-            lines += ["license: other", f"license_name: {json.dumps(_line(info.license)[:80])}"]
+            lines += ["license: other", f"license_name: {json.dumps(one_line(info.license)[:80])}"]
     if tasks := [task[part] for part in parts if part in task]:
         lines.append(f"pipeline_tag: {tasks[0]}")
     lines += ["tags:", "- bigbigan", "- gan", "- representation-learning"]
@@ -113,11 +114,5 @@ def _is_table(value: Any) -> bool:
     return bool(records) and all(row.keys() == value[0].keys() for row in value)
 
 
-def _table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
-    lines = [header, ("---",) * len(header), *rows]
-    return "\n".join("| " + " | ".join(_line(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
-
-
-def _line(text: str) -> str:
-    """One line of text that cannot open HTML."""
-    return " ".join(text.split()).replace("<", "&lt;")
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]], *, ready: bool = False) -> str:
+    return "\n".join(table(header, rows, ready=ready))

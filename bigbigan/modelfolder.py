@@ -140,9 +140,12 @@ def read_config(path: str | os.PathLike[str]) -> FolderConfig:
             raise missing_folder(path)
         path = path / CONFIG_NAME
     if not path.is_file():
-        found = sorted(entry.name for entry in path.parent.iterdir())[:8] if path.parent.is_dir() else []
+        found = sorted(path.parent.iterdir()) if path.parent.is_dir() else []
+        models = [str(entry) for entry in found if (entry / CONFIG_NAME).is_file()]
+        hint = f"; name one of the folders in it: {', '.join(models[:3])}" if models else ""
+        names = ", ".join(entry.name for entry in found[:8])
         raise ConfigError(
-            f"{path.parent} is no model folder: it has no {CONFIG_NAME} (it has: {', '.join(found) or 'nothing'})"
+            f"{path.parent} is no model folder: it has no {CONFIG_NAME} (it has: {names or 'nothing'}){hint}"
         )
     with path.open("rb") as file:
         return _parse_config(file.read(MAX_CONFIG_BYTES + 1), str(path))
@@ -153,6 +156,11 @@ def missing_folder(path: Path) -> FileNotFoundError:
     interrupted = previous_of(path)
     hint = f"; a save was interrupted: rename {interrupted} to {path.name}" if interrupted.is_dir() else ""
     return FileNotFoundError(f"there is no folder {path}{hint}")
+
+
+def _describes_run(document: Any) -> bool:
+    """Whether it is the `config.json` of a run, as older versions wrote it: without a format."""
+    return isinstance(document, dict) and {"train", "data"} <= set(document) and "architecture" not in document
 
 
 def _parse_config(data: bytes, where: str) -> FolderConfig:
@@ -169,6 +177,11 @@ def _parse_config(data: bytes, where: str) -> FolderConfig:
         kind = FORMAT.partition("/")[0]
         if isinstance(version, str) and version.startswith(f"{kind}/"):
             raise ConfigError(f"{where} has format {version[:80]!r}; this version reads {FORMAT!r}: upgrade bigbigan")
+        if (isinstance(version, str) and version.startswith("bigbigan-run/")) or _describes_run(document):
+            raise ConfigError(
+                f"{Path(where).parent} is a run folder of `bigbigan train`, not a model folder: export it first, as by "
+                f"bigbigan export {Path(where).parent} -o my-model"
+            )
         raise ConfigError(f"{where} is not of a bigbigan model: its format is {str(version)[:80]!r}, not {FORMAT!r}")
     try:
         parsed = from_dict(_Document, document, CONFIG_NAME)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -221,6 +223,28 @@ def get_preset(name: str) -> Preset:
     """
     if (preset := PRESETS.get(normalize(name))) is not None:
         return preset
-    close = difflib.get_close_matches(normalize(name), PRESETS, n=3)
+    close = close_names(name, PRESETS)
     hint = f"did you mean {' or '.join(close)}?" if close else "`bigbigan list` shows all"
     raise ValueError(f"no preset {name!r}; {hint}")
+
+
+def close_names(name: str, known: Iterable[str]) -> list[str]:
+    """At most three known names that may be meant, the closest first.
+
+    The part that many share, such as "bigbigan-", tells nothing: with it, any two of these names look alike.
+    """
+    name = normalize(name)
+    wanted = _own_part(name)
+    family = name.removesuffix(wanted) or "bigbigan-"
+
+    def alike(other: str) -> float:
+        own = _own_part(other)
+        shared = any(len(word) > 2 and word in own.split("-") for word in wanted.split("-"))
+        return difflib.SequenceMatcher(None, own, wanted).ratio() + 0.5 * shared
+
+    close = [other for other in known if alike(other) >= 0.7]
+    return sorted(close, key=lambda other: -alike(other) - 0.3 * other.startswith(family))[:3]
+
+
+def _own_part(name: str) -> str:
+    return re.sub(r"^(bigbigan|bigan|biggan|ssgan)-", "", name)

@@ -20,6 +20,7 @@ from command_line import cells, home, make_images, one_thread, pixels, run  # no
 from bigbigan import BigBiGAN, create_model, hub, load
 from bigbigan.cli import build_parser, main
 from bigbigan.images import asset_images, to_uint8
+from bigbigan.presets import PRESETS, close_names
 
 
 @pytest.fixture(scope="module")
@@ -228,7 +229,8 @@ def test_errors_are_one_line(tmp_path: Path, folder: str, capsys: pytest.Capture
         (["reconstruct", str(tmp_path / "in"), "-o", str(picture), "--model", folder], "is an input"),
         (["encode", str(picture), "-o", str(tmp_path / "a.npz"), "--model", folder, "--outputs", "z"], "no output 'z'"),
         (["info", "no-such-model"], "no preset"),
-        (["train", "bigbigan-tiny-typo", "--dry-run"], "there is bigbigan-"),
+        (["train", "bigbigan-cifar-10", "--dry-run"], "did you mean bigbigan-cifar10-32"),
+        (["train", "nonsense", "--dry-run"], "no recipe 'nonsense'; `bigbigan recipes` lists them"),
         (["train", "bigbigan-fashion-mnist-32"], "needs --data and --run"),
         (["export", str(tmp_path), "-o", str(tmp_path / "x")], "is no run folder"),
         (["evaluate", "linear", "--data", str(tmp_path / "in"), "--model", folder, "--quiet"], "have no label"),
@@ -248,11 +250,77 @@ def test_errors_are_one_line(tmp_path: Path, folder: str, capsys: pytest.Capture
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.png", "in"]
 
 
+@pytest.mark.parametrize(
+    ("name", "first", "never"),
+    [
+        ("cifar10-64", "bigbigan-cifar10-32", "uniform-pz"),
+        ("cifar10", "bigbigan-cifar10-32", "uniform-pz"),
+        ("bigbigan-cifar-10", "bigbigan-cifar10-32", "resnet101"),
+        ("mnist", "bigbigan-mnist-32", "uniform"),
+        ("fashion_mnist", "bigbigan-fashion-mnist-32", "small-g"),
+        ("resnet50", "bigbigan-resnet50", "uniform-pz"),
+        ("bigbigan-resnet5", "bigbigan-resnet50", "no-e"),
+        ("revnet50x4", "bigbigan-revnet50x4", "mnist"),
+        ("RevNet-50x4", "bigbigan-revnet50x4", "mnist"),
+        ("ssgan-mnist", "ssgan-fashion-mnist-32", "small-g"),
+        ("no-such-model", "", "bigbigan-"),
+        ("stylegan", "", "ssgan"),
+    ],
+)
+def test_close_names_are_those_that_share_what_tells(name: str, first: str, never: str) -> None:
+    found = close_names(name, PRESETS)
+    assert first in found if first else not found
+    assert not any(never in other for other in found)
+
+
+def test_messages_say_what_to_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    for document in ({"train": {}, "data": {}}, {"format": "bigbigan-run/1", "train": {}, "data": {}}):
+        run.mkdir(exist_ok=True)
+        (run / "config.json").write_text(json.dumps(document))
+        for command in (["info", str(run)], ["generate", str(run), "-o", str(tmp_path / "x.png")]):
+            assert main(command) == 2
+            assert f"{run} is a run folder of `bigbigan train`, not a model folder: export it first, as by bigbigan " \
+                   f"export {run} -o my-model" in capsys.readouterr().err  # fmt: skip
+    (run / "snapshots" / "images-1").mkdir(parents=True)
+    (run / "snapshots" / "images-1" / "config.json").write_text("{}")
+    assert main(["info", str(run / "snapshots")]) == 2
+    assert f"name one of the folders in it: {run / 'snapshots' / 'images-1'}" in capsys.readouterr().err
+    assert main(["info", "org/name@"]) == 2
+    assert "org/name@ names no revision behind the @" in capsys.readouterr().err
+    for command in (["encode", "x", "-o", "x.npz"], ["train", "bigbigan-mnist-32"], ["evaluate", "knn", "--data", "x"]):
+        with pytest.raises(SystemExit) as stop:
+            main([*command, "--workers", "-3"])
+        assert stop.value.code == 2 and "argument --workers: -3 is not" in capsys.readouterr().err
+    assert main(["info", "fashion-mnist"]) == 2
+    assert "?." not in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has the device")
+def test_a_dry_run_says_that_the_device_is_absent(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "bigbigan-mnist-32", "--dry-run", "--device", "cuda"]) == 0
+    assert "finds no cuda device here; there the run would not start" in capsys.readouterr().err
+    assert main(["train", "bigbigan-mnist-32", "--dry-run", "--device", "tpu"]) == 0
+    assert "choose auto, cpu, cuda or mps" in capsys.readouterr().err
+
+
+def test_lines_of_a_message_become_sentences(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise OSError("it cannot be had:\n  one: no route\n  two: refused.\nBy hand: do this\n\nor that.")
+
+    monkeypatch.setattr("bigbigan.commands.models._list", broken)
+    assert main(["list"]) == 2
+    line = "it cannot be had: one: no route. two: refused. By hand: do this. or that"
+    assert capsys.readouterr().err == f"bigbigan list: {line}\n"
+
+
 def test_a_bug_shows_its_traceback(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def broken(*_: object, **__: object) -> None:
         raise KeyError("a bug")
 
-    monkeypatch.setattr(hub, "load", broken)
+    monkeypatch.setattr("bigbigan.factory.load", broken)
     with pytest.raises(KeyError, match="a bug"):
         main(["generate", "-o", str(tmp_path / "out.png")])
 

@@ -427,7 +427,9 @@ def test_archive_fetched_by_hand_takes_a_name(
     assert bigbigan.load("bigbigan-revnet50x4").info.name == "bigbigan-revnet50x4"
 
 
-def test_unreachable_module_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreachable_module_says_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def offline(*_: object) -> None:
         raise OSError("no route to host")
 
@@ -435,6 +437,10 @@ def test_unreachable_module_says_what_to_do(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(download, "_fetch", offline)
     with pytest.raises(OSError, match=r"(?s)revnet50x4/1.*no route.*tf-hub-format=compressed.*By hand"):
         conversion.convert("bigbigan-revnet50x4", tmp_path / "out")
+    assert main(["convert", "bigbigan-revnet50x4", "-o", str(tmp_path / "out")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "cannot be downloaded: kagglehub, " in line and ":. " not in line and "  " not in line
+    assert "bigbigan convert ARCHIVE.tar.gz --name bigbigan-revnet50x4" in line  # as the README has it
 
 
 def test_inspect_shows_signatures_and_layers(good: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -446,7 +452,9 @@ def test_inspect_shows_signatures_and_layers(good: Path, capsys: pytest.CaptureF
 def test_command_line_refuses_in_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "empty").mkdir()
     assert main(["convert", str(tmp_path / "empty"), "-o", str(tmp_path / "out")]) == 1
-    assert "lacks saved_model.pb" in capsys.readouterr().err
+    first, last = capsys.readouterr().err.splitlines()
+    assert "lacks saved_model.pb" in first
+    assert f"and what bigbigan convert {tmp_path / 'empty'} --inspect prints; it holds no weights" in last
     assert main(["convert", "no-such-model"]) == 2
     assert "nor one of bigbigan-resnet50" in capsys.readouterr().err
 

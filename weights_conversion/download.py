@@ -88,7 +88,7 @@ def _download(name: str, temporary: Path) -> Source:
         f"{name} cannot be downloaded:\n{tried}\n"
         "By hand: open https://www.kaggle.com/models/deepmind/bigbigan in a browser, choose TensorFlow 1 and "
         f"{name.removeprefix('bigbigan-')}, download the archive, and convert it: "
-        f"python -m weights_conversion ARCHIVE.tar.gz -o FOLDER (or unpack it, and name the folder)"
+        f"bigbigan convert ARCHIVE.tar.gz --name {name} (or unpack it, and name the folder)"
     )
 
 

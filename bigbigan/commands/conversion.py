@@ -9,6 +9,8 @@ from pathlib import Path
 
 from bigbigan.commands.options import Commands, add_command, add_run_options, set_threads
 
+CHECKPOINTS = (".pth", ".pt")
+
 logger = logging.getLogger(__name__)
 
 
@@ -90,10 +92,22 @@ def _convert(arguments: argparse.Namespace) -> int:
 
     set_threads(arguments)
     try:
-        return _convert_checkpoint(arguments) if arguments.source.endswith((".pth", ".pt")) else _module(arguments)
+        return _convert_checkpoint(arguments) if arguments.source.endswith(CHECKPOINTS) else _module(arguments)
     except ConversionError as error:  # in several lines: a table of differences, a node and its neighbours
-        print(f"bigbigan convert: refused: {error}", file=sys.stderr)
+        print(f"bigbigan convert: refused: {error}\n{_what_next(arguments)}", file=sys.stderr)
         return 1
+
+
+def _what_next(arguments: argparse.Namespace) -> str:
+    """After a refusal."""
+    import shlex
+
+    if arguments.inspect or arguments.source.endswith(CHECKPOINTS):
+        return "Nothing was written. If the file is as its authors published it, please report this message."
+    return (
+        "Nothing was written. If this is a module as its authors published it, please report this message, and what "
+        f"{shlex.join(['bigbigan', 'convert', arguments.source, '--inspect'])} prints; it holds no weights."
+    )
 
 
 def _convert_checkpoint(arguments: argparse.Namespace) -> int:

@@ -18,6 +18,7 @@ from bigbigan.commands.options import (
     add_model_options,
     image_options,
     names,
+    not_negative,
     open_model,
     positive,
 )
@@ -72,7 +73,10 @@ def add_parsers(commands: Commands) -> None:
     )
     parser.add_argument("--batch-size", type=positive, default=32, metavar="N", help="(default: %(default)s)")
     parser.add_argument(
-        "--workers", type=int, metavar="N", help="processes that read and scale images ahead (default: by cores)"
+        "--workers",
+        type=not_negative,
+        metavar="N",
+        help="processes that read and scale images ahead (default: by cores)",
     )
     parser.add_argument("--seed", type=int, default=0, help="of z_sample (default: %(default)s)")
     add_image_options(parser)

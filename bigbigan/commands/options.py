@@ -84,6 +84,13 @@ def positive(text: str) -> int:
     return number
 
 
+def not_negative(text: str) -> int:
+    if (number := int(text)) < 0:
+        raise argparse.ArgumentTypeError(f"{text} is not 0 or more")
+    return number
+
+
+not_negative.__name__ = "whole number"
 positive.__name__ = "whole number"  # argparse names it: "invalid whole number value"
 
 

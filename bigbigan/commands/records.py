@@ -102,11 +102,12 @@ def print_record(
     arguments: argparse.Namespace, header: Sequence[str], rows: Sequence[Sequence[str]], record: dict[str, Any]
 ) -> None:
     """Prints a Markdown table, and the record unless --json has a file for it, or if that cannot be written."""
-    from bigbigan.evaluation.report import record_text, table_lines
+    from bigbigan.evaluation.report import record_text
     from bigbigan.files import atomic_write
+    from bigbigan.markdown import table
 
     text = record_text({**record, "command": shlex.join(["bigbigan", *arguments.argv])})
-    print(*table_lines(header, rows), sep="\n")
+    print(*table(header, rows), sep="\n")
     if not arguments.json:
         print(f"\n{text}", end="")
         return

@@ -8,9 +8,11 @@ import logging
 import re
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from bigbigan.commands.options import Commands, add_command, add_output
 from bigbigan.files import atomic_write, file_name
+from bigbigan.markdown import slug, table, target
 from bigbigan.outputs import PICTURE, PLOT, REPORT, claim
 
 logger = logging.getLogger(__name__)
@@ -59,14 +61,14 @@ def _report(arguments: argparse.Namespace) -> int:
         earlier = output.read_text(encoding="utf-8") if output.exists() else ""
         pictures: dict[int, str] = {}
         for number, group in enumerate(groups):
-            picture = _claim_plot(stack, output, f"{group.name}-{number + 1}", earlier)
+            picture = _claim_plot(stack, output, f"{slug(group.name)}-{number + 1}", earlier)
             if draw_group(group, picture):
                 pictures[number] = picture.name
         lines += markdown_report(groups, pictures)
         if runs:
             picture = _claim_plot(stack, output, "runs", earlier)
             draw_runs(runs, picture)
-            lines += ["## Training runs", "", *_run_lines(runs), "", f"![training runs]({picture.name})", ""]
+            lines += ["## Training runs", "", *_run_lines(runs), "", f"![training runs]({target(picture.name)})", ""]
         text = "\n".join(lines)
         with atomic_write(output) as temporary:
             temporary.write_text(text, encoding="utf-8")
@@ -83,7 +85,7 @@ def _claim_plot(stack: contextlib.ExitStack, output: Path, name: str, earlier: s
 
 
 def _shown(document: str) -> set[str]:
-    return set(re.findall(r"^!\[[^\]]*\]\((.+\.png)\)$", document, re.MULTILINE))
+    return set(map(unquote, re.findall(r"^!\[[^\]]*\]\((.+\.png)\)$", document, re.MULTILINE)))
 
 
 def _read(inputs: list[Path]) -> tuple[dict[str, dict[str, Any]], dict[str, list[dict[str, Any]]]]:
@@ -107,8 +109,6 @@ def _short_names(paths: list[Path]) -> dict[str, Path]:
 
 def _run_lines(runs: dict[str, list[dict[str, Any]]]) -> list[str]:
     """Of each run how far it is, and the best of each held-out score."""
-    from bigbigan.evaluation.report import table_lines
-
     scores = list(
         dict.fromkeys(
             name for entries in runs.values() for e in entries for name in e if name.startswith(("linear_", "knn_"))
@@ -122,4 +122,4 @@ def _run_lines(runs: dict[str, list[dict[str, Any]]]) -> list[str]:
             best = max(scored, key=lambda entry: entry[name], default=None)
             row.append("-" if best is None else f"{100 * best[name]:.2f} at {best['num_images']:,}")
         rows.append(row)
-    return list(table_lines(["Run", "Images seen", *(f"Best {name} %" for name in scores)], rows))
+    return list(table(["Run", "Images seen", *(f"Best {name} %" for name in scores)], rows))

@@ -11,7 +11,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bigbigan.commands.options import Commands, add_command, add_run_options, choose_device, columns_text, set_threads
+from bigbigan.commands.options import (
+    Commands,
+    add_command,
+    add_run_options,
+    choose_device,
+    columns_text,
+    not_negative,
+    set_threads,
+)
 
 if TYPE_CHECKING:
     from bigbigan.training.config import TrainConfig
@@ -97,7 +105,10 @@ def _add_train(commands: Commands) -> None:
         "--keep-snapshots", action="store_true", help="keep every snapshot, not the newest and the best alone"
     )
     parser.add_argument(
-        "--workers", type=int, metavar="N", help="processes that decode images, a training process (default: by cores)"
+        "--workers",
+        type=not_negative,
+        metavar="N",
+        help="processes that decode images, for each training process (default: by cores)",
     )
     parser.add_argument(
         "--timeout-minutes",
@@ -150,15 +161,14 @@ def _add_export(commands: Commands) -> None:
 
 
 def _recipe(name: str) -> TrainConfig:
-    import difflib
-
-    from bigbigan.presets import normalize
+    from bigbigan.presets import close_names, normalize
     from bigbigan.training.recipes import RECIPES
 
     if normalize(name) in RECIPES:
         return RECIPES[normalize(name)]
-    close = difflib.get_close_matches(normalize(name), RECIPES, n=3) or RECIPES
-    raise ValueError(f"no recipe {name!r}; there is {', '.join(close)}")
+    close = close_names(name, RECIPES)
+    hint = f"did you mean {' or '.join(close)}?" if close else "`bigbigan recipes` lists them"
+    raise ValueError(f"no recipe {name!r}; {hint}")
 
 
 def _recipes(arguments: argparse.Namespace) -> int:
@@ -272,6 +282,10 @@ def _train(arguments: argparse.Namespace) -> int:
     if is_main:
         logger.info("%s", "\n".join(_summary(config, recipe, arguments.folder) + estimate(config).lines(config)))
     if arguments.dry_run:
+        try:
+            choose_device(arguments.device)
+        except ValueError as error:
+            logger.warning("%s; there the run would not start", error)
         return 0
     # Under torchrun the error goes into its last message too.
     run = record(train) if "TORCHELASTIC_ERROR_FILE" in os.environ else train

@@ -9,6 +9,7 @@ from typing import Any
 
 from bigbigan.evaluation.report import PERCENT, SWEPT, Group
 from bigbigan.files import atomic_write
+from bigbigan.markdown import one_line
 from bigbigan.outputs import PLOT_MARK
 
 DPI = 120
@@ -41,7 +42,7 @@ def draw_group(group: Group, path: Path) -> bool:
     if not rows:
         return False
     scale = 100 if figure in PERCENT else 1
-    title = PERCENT.get(figure, figure if " " in figure else figure.replace("_", " "))
+    title = plain(PERCENT.get(figure, figure if " " in figure else figure.replace("_", " ")))
     if swept:
         series: dict[str, list[tuple[float | None, float]]] = {}
         for label, row in rows:
@@ -63,7 +64,12 @@ def _short_labels(labels: Sequence[Sequence[str]]) -> list[str]:
         if told([*telling, place]) > max(1, told(telling)):
             telling.append(place)
     telling = telling or [0]
-    return [" · ".join(part for part in (label[i] for i in telling) if part != "-") for label in labels]
+    return [plain(" · ".join(part for part in (label[i] for i in telling) if part != "-")) for label in labels]
+
+
+def plain(text: str) -> str:
+    """A text that matplotlib draws as it is: `$` would open a formula, and a legend leaves out what begins with `_`."""
+    return (" " if text.startswith("_") else "") + one_line(text).replace("$", r"\$")
 
 
 def _figure(width: float, height: float) -> Any:
@@ -160,7 +166,7 @@ def draw_runs(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> No
                 # Of several runs each has a colour, and lines differ by style; of one, lines differ by colour.
                 color = f"C{(number if len(runs) > 1 else place) % 10}"
                 style = styles[place % 4] if len(runs) > 1 else "-"
-                label = f"{run}: {name}" if len(runs) > 1 else name
+                label = plain(f"{run}: {name}" if len(runs) > 1 else name)
                 marker = "" if name.startswith(("loss_", "score_")) else "."
                 axes.plot(*zip(*points, strict=True), style, color=color, label=label, marker=marker, linewidth=1.2)
         axes.set_title(title, fontsize="medium", loc="left")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bigbigan.files import file_name
+from bigbigan.markdown import code, escape, slug, table, target
 
 if TYPE_CHECKING:
     from bigbigan.model import BigBiGAN
@@ -190,18 +191,20 @@ def markdown_report(groups: Sequence[Group], pictures: Mapping[int, str]) -> Ite
     for number, group in enumerate(groups):
         alike = [other for other in groups if other.name == group.name]
         part = "" if len(alike) == 1 else f" ({alike.index(group) + 1} of {len(alike)}: other data or settings)"
-        yield from (f"## {group.name}{part}", "")
-        yield from table_lines(*group_table(group))
+        yield from (f"## {escape(group.name)}{part}", "")
+        yield from table(*group_table(group))
         yield ""
         if number in pictures:
-            yield from (f"![{group.name}]({pictures[number]})", "")
-        settings = "; ".join(f"{key}: {_text(value)}" for key, value in group.protocol.items() if key != "name")
+            yield from (f"![{slug(group.name)}]({target(pictures[number])})", "")
+        settings = "; ".join(
+            f"{escape(key)}: {escape(_text(value))}" for key, value in group.protocol.items() if key != "name"
+        )
         data = ", ".join(
-            f"{role} {str(part.get('digest'))[:12]} ({_text(part.get('images'))} images)"
+            escape(f"{role} {str(part.get('digest'))[:12]} ({_text(part.get('images'))} images)")
             for role, part in group.data.items()
         )
         yield from (f"Protocol: {settings}.", f"Data: {data}.", "", "Records:", "")
-        yield from (f"- {name}: {_record_line(record)}" for name, record in group.records.items())
+        yield from (f"- {escape(f'{name}:')} {_record_line(record)}" for name, record in group.records.items())
         yield ""
 
 
@@ -216,12 +219,6 @@ def group_table(group: Group) -> tuple[list[str], list[list[str]]]:
         for label, (_, row) in zip(group.labels(), group.rows, strict=True)
     ]
     return header, cells
-
-
-def table_lines(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    """A Markdown table."""
-    for row in (header, ["---"] * len(header), *rows):
-        yield "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in row) + " |"
 
 
 def _is_number(value: Any) -> bool:
@@ -258,5 +255,4 @@ def _record_line(record: Mapping[str, Any]) -> str:
     parts += [f"seed {record['protocol']['seed']}"] if "seed" in record["protocol"] else []
     parts += [str(record["date"])] if "date" in record else []
     parts += [", ".join(f"{name} {version}" for name, version in versions.items())]
-    parts += [f"`{record['command']}`"] if "command" in record else []
-    return "; ".join(parts)
+    return "; ".join([*map(escape, parts), *([code(str(record["command"]))] if "command" in record else [])])
