@@ -76,12 +76,12 @@ class Generator(nn.Module, Pretrained):
         if mode == "nearest":
             return F.interpolate(images, size=(size, size), mode="nearest")
         if mode == "bilinear-asymmetric" or mode.startswith("bicubic"):
-            matrix = _resize_matrix(images.shape[-1], size, mode).to(images)  # [size, S]
+            matrix = resize_matrix(images.shape[-1], size, mode).to(images)  # [size, S]
             return matrix @ images @ matrix.t()
         return F.interpolate(images, size=(size, size), mode="bilinear", align_corners=mode == "bilinear-aligned")
 
 
-def _resize_matrix(inputs: int, outputs: int, mode: str) -> Tensor:
+def resize_matrix(inputs: int, outputs: int, mode: str) -> Tensor:
     """[outputs, inputs] weights of TensorFlow's interpolation along one axis.
 
     "asymmetric" has the corners at the origin, as TensorFlow 1 has by default; "aligned" has corner on corner; neither

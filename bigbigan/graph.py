@@ -22,7 +22,7 @@ from bigbigan import modelfolder
 from bigbigan.config import GraphConfig, GraphDiscriminatorConfig, GraphEncoderConfig, GraphGeneratorConfig
 from bigbigan.discriminator import DiscriminatorOutput
 from bigbigan.encoder import EncoderOutput
-from bigbigan.graph_operations import MAX_RANK, MAX_SIZE, OPERATIONS, Context, check_operation
+from bigbigan.graph_operations import MAX_RANK, MAX_SIZE, MIXED, OPERATIONS, Context, check_operation
 from bigbigan.integrity import strict_json
 from bigbigan.modelfolder import MAX_GRAPH_BYTES
 from bigbigan.pretrained import Pretrained
@@ -191,6 +191,9 @@ def _check_values(graph: Graph, wanted: dict[str, tuple[int, ...]], batch: int, 
     context, total = Context(batch, torch.float32), 0
     last = _last_uses(graph.operations, graph.outputs.values())
     for i, operation in enumerate(graph.operations):
+        kinds = {values[reference].dtype for reference in operation.inputs}
+        fits = operation.op in MIXED or kinds == {torch.float32}
+        require(fits, f"{where}: operation {i} ({operation.op}) takes numbers, not true and false")
         try:
             value = OPERATIONS[operation.op].run(
                 context, *(values[reference] for reference in operation.inputs), **operation.attributes

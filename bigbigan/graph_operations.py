@@ -83,10 +83,18 @@ def sizes(shape: list[int], batch: int) -> list[int]:
     return [-n * batch if n < 0 else n for n in shape]
 
 
+def _fits(size: int, *vectors: Tensor | None) -> None:
+    """Tensors without values let other sizes pass, which the kernels then refuse."""
+    for vector in vectors:
+        if vector is not None and tuple(vector.shape) != (size,):
+            raise ConfigError(f"a vector has shape {list(vector.shape)} instead of [{size}]")
+
+
 def _conv2d(
     context: Context, x: Tensor, weight: Tensor, bias: Tensor | None = None, *,
     stride: list[int], padding: list[int], dilation: list[int], groups: int,
 ) -> Tensor:  # fmt: skip
+    _fits(weight.shape[0], bias)
     top, bottom, left, right = padding
     if top == bottom and left == right:
         return F.conv2d(x, weight, bias, tuple(stride), (top, left), tuple(dilation), groups)
@@ -96,6 +104,7 @@ def _conv2d(
 def _conv_transpose2d(
     context: Context, x: Tensor, weight: Tensor, bias: Tensor | None = None, *, stride: list[int]
 ) -> Tensor:
+    _fits(weight.shape[1], bias)
     return F.conv_transpose2d(x, weight, bias, tuple(stride))
 
 
@@ -113,6 +122,7 @@ def _avg_pool(context: Context, x: Tensor, *, size: list[int], stride: list[int]
 
 def _affine(context: Context, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """x * scale + shift along axis 1, in one pass."""
+    _fits(x.shape[1], scale, shift)
     return F.batch_norm(x, torch.zeros_like(scale), torch.ones_like(scale), scale, shift, False, 0.0, 0.0)
 
 
@@ -149,7 +159,7 @@ def _slice(context: Context, x: Tensor, *, axis: int, start: int, stop: int, ste
 
 
 def _gather(context: Context, x: Tensor, *, axis: int, indices: list[int]) -> Tensor:
-    """Negative indices are refused with the attributes."""
+    require(max(indices) < x.shape[axis], f"gather takes index {max(indices)} of {x.shape[axis]}")
     return x.index_select(axis, torch.tensor(indices, device=x.device))
 
 
@@ -259,6 +269,13 @@ OPERATIONS: dict[str, Kind] = {
     "gather": _kind(_gather, 1, axis=_axis, indices=_several(_whole(0, MAX_SIZE), 1, MAX_LISTED)),
     "pad": _kind(_pad, 1, margins=_several(_margins, 0, MAX_RANK), value=_number),
 }
+
+
+# These take true and false as well as numbers.
+MIXED = {
+    "number", "where", "logical_and", "logical_or", "logical_not", "equal", "not_equal", "reshape", "expand", "permute",
+    "concat", "slice", "gather", "flip", "tile",
+}  # fmt: skip
 
 
 def check_operation(name: Any, count: int, attributes: dict[str, Any], where: str) -> None:

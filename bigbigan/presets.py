@@ -240,7 +240,8 @@ def close_names(name: str, known: Iterable[str]) -> list[str]:
     def alike(other: str) -> float:
         own = _own_part(other)
         shared = any(len(word) > 2 and word in own.split("-") for word in wanted.split("-"))
-        return difflib.SequenceMatcher(None, own, wanted).ratio() + 0.5 * shared
+        swapped = 0.8 * (sorted(own) == sorted(wanted))  # letters in another order, as in "tyni"
+        return max(difflib.SequenceMatcher(None, own, wanted).ratio(), swapped) + 0.5 * shared
 
     close = [other for other in known if alike(other) >= 0.7]
     return sorted(close, key=lambda other: -alike(other) - 0.3 * other.startswith(family))[:3]

@@ -228,12 +228,38 @@ def value_of_assignment(x: Any) -> Any:
     return x * v1.assign(v1.Variable([3.0], use_resource=False, name="v"), [7.0])
 
 
+def counted_loop(x: Any) -> Any:
+    """A loop over constants with another inside, whose bounds come from outside."""
+    rounds = v1.placeholder_with_default(3, [])
+
+    def body(i: Any, total: Any) -> tuple[Any, Any]:
+        inner = v1.while_loop(lambda k, s: k < i, lambda k, s: (k + 1, s * 2.0), [tf.constant(0), total])
+        return i + 1, inner[1] + 1.0
+
+    return x * v1.while_loop(lambda i, _: i < rounds, body, [tf.constant(0), tf.constant(1.0)])[1]
+
+
+def unrolled_loop(x: Any) -> Any:
+    """Data that go through a loop a constant number of times."""
+    return v1.while_loop(lambda i, _: i < 3, lambda i, y: (i + 1, y * 0.5 + x), [tf.constant(0), x])[1]
+
+
+def printed(x: Any) -> Any:
+    return v1.Print(x * 2.0, [tf.strings.as_string(x)], "printed")
+
+
+def float64_noise(x: Any) -> Any:
+    """A branch that is not taken may draw what it likes."""
+    true = v1.placeholder_with_default(True, [])
+    return v1.cond(true, lambda: x + 1.0, lambda: x + tf.cast(v1.random_normal([4], dtype=tf.float64), tf.float32))
+
+
 @pytest.mark.parametrize(
     "build",
     [
-        nested_functions, custom_gradient, branch_of_constants, nested_branches, discarded, discarded_before,
-        initialized, reference_branch, read_after_assignment, read_after_branches,
-        value_of_assignment,
+        counted_loop, unrolled_loop, printed, float64_noise, nested_functions, custom_gradient, branch_of_constants,
+        nested_branches, discarded, discarded_before, initialized, reference_branch, read_after_assignment,
+        read_after_branches, value_of_assignment,
     ],
     ids=lambda build: build.__name__,
 )  # fmt: skip

@@ -16,6 +16,7 @@ from tfhub_builder.registry import edit
 
 import bigbigan
 from bigbigan.cli import main
+from bigbigan.generator import resize_matrix
 from weights_conversion import convert as conversion
 from weights_conversion.errors import ConversionError
 
@@ -95,6 +96,19 @@ def test_every_variant_as_a_graph(name: str, tmp_path: Path) -> None:
     model = bigbigan.load(made)
     assert set(model.info.provenance["forms"].values()) == {"graph"}
     check(tmp_path / "module", spec, model, 2e-5, counts=(1,))
+
+
+@pytest.mark.parametrize("mode", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("corners", ["", "-aligned", "-asymmetric"])
+@pytest.mark.parametrize("sizes", [(5, 10), (7, 12), (128, 256)])
+def test_ways_of_resizing_are_tensorflows(mode: str, corners: str, sizes: tuple[int, int]) -> None:
+    image = np.random.default_rng(0).uniform(-1, 1, (1, sizes[0], sizes[0], 3)).astype(np.float32)
+    resize = tf.raw_ops.ResizeBicubic if mode == "bicubic" else tf.raw_ops.ResizeBilinear
+    options = {"align_corners": corners == "-aligned", "half_pixel_centers": not corners}
+    wanted = resize(images=image, size=[sizes[1]] * 2, **options).numpy()
+    matrix = resize_matrix(*sizes, mode + corners).float()
+    found = matrix @ planar(image) @ matrix.t()
+    np.testing.assert_allclose(found.permute(0, 2, 3, 1).numpy(), wanted, atol=2e-6)
 
 
 # ---- one network's fault is not the others'

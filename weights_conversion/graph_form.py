@@ -160,8 +160,12 @@ def graph_network(part: str, first: Run, second: Run) -> GraphMatch:
     make = {"generator": _generator, "encoder": _encoder, "discriminator": _discriminator}[part]
     try:
         match, lowered = make(first, second)
+    except ConversionError:
+        raise
     except ConfigError as error:
         raise ConversionError(str(error)) from error
+    except (AssertionError, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise ConversionError(f"it cannot be written in the graph form ({error!r})"[:300]) from error
     match.network.load_state_dict(lowered.state, strict=True, assign=True)
     match.network.eval()
     return match

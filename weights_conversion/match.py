@@ -96,7 +96,7 @@ class Match:
         return model.eval()
 
 
-def trace(module: Module, signature: str, part: str | None = None) -> tuple[Tracer, dict[str, Value], Interpreter]:
+def trace(module: Module, signature: str) -> tuple[Tracer, dict[str, Value], Interpreter]:
     """Layers of a signature and its outputs' values, from one run on random inputs."""
     values, interpreter = run(module, signature, BATCH)
     return Tracer(interpreter.records, values.values()), values, interpreter

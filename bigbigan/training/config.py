@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
+from bigbigan.arrays import as_seed
 from bigbigan.config import BigBiGANConfig
 from bigbigan.data.augment import AugmentationConfig
 from bigbigan.layers import Initializer
@@ -66,7 +67,10 @@ class TrainConfig:
             self._require(field, getattr(self, field) >= 1, "must be at least 1")
         for field in ("checkpoint_images", "snapshot_images"):
             self._require(field, getattr(self, field) >= 1, "must be at least 1")
-        self._require("seed", 0 <= self.seed < 2**64, "must be in [0, 2**64)")
+        try:
+            as_seed(self.seed, "TrainConfig.seed")
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
         for field in ("rotated_batch_size", "probe_images"):
             self._require(field, getattr(self, field) >= 0, "must not be negative")
         for field in ("lr_g", "lr_d", "encoder_lr_multiplier", "adam_eps", "lr_decay", "probe_l2"):

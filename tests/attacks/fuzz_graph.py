@@ -55,7 +55,7 @@ def change(document: Any, rng: random.Random) -> None:
     steps = [step for step in steps if isinstance(step, dict)] if isinstance(steps, list) else []
     if kind in ("operation", "similar", "rewire") and steps:
         step = rng.choice(steps)
-        alike = next((names for names in (UNARY, BINARY) if step.get("op") in names), None)
+        alike = next((names for names in (UNARY, BINARY) if str(step.get("op")) in names), None)
         if kind == "similar" and alike:
             step["op"] = rng.choice(sorted(alike))
         elif kind == "rewire" and isinstance(step.get("inputs"), list) and step["inputs"]:
