@@ -23,6 +23,7 @@ from bigbigan.images import to_uint8
 from bigbigan.presets import PRESETS
 from bigbigan.schema import to_dict
 from bigbigan.training.recipes import RECIPES
+from bigbigan.training.runfolder import read_run_config
 
 RECIPE = "bigbigan-fashion-mnist-32"
 TINY = PRESETS["bigbigan-tiny"].config
@@ -291,3 +292,13 @@ def test_colour_and_grey_are_told_apart(
             Images(data, RECIPES[recipe].model.preprocess, RECIPES[recipe].model.image_channels)
     found = [message for message in caplog.messages if "networks take" in message]
     assert [message[: len(told)] for message in found] == ([told] if told else [])
+
+
+def test_runs_of_older_versions_lack_newer_fields(tmp_path: Path) -> None:
+    """Fields with tuples among them, which a file has as lists."""
+    recipe = to_dict(RECIPES[RECIPE])
+    for field in dataclasses.fields(RECIPES[RECIPE]):
+        if field.default is not dataclasses.MISSING:
+            older = {key: value for key, value in recipe.items() if key != field.name}
+            (tmp_path / "config.json").write_text(json.dumps({"train": older, "data": {}}))
+            assert getattr(read_run_config(tmp_path), field.name) == field.default
