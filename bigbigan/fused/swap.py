@@ -322,7 +322,7 @@ def fuse(network: M) -> M:
         return network
     check_fusible(network)
     if isinstance(network, GraphNetwork):
-        logger.info("the %s is in graph form, which has no faster form: it stays as it is", network.part)
+        logger.info("the %s is a graph network, which has no fused form: it runs as it is", network.part)
         return network
     weight = next(network.parameters())
     if weight.device.type != "cpu":

@@ -130,7 +130,7 @@ _WRITINGS: dict[str, tuple[Any, ...]] = {
     "class_broadcast": ("tile", "gather", "constant_row"),
     "gain": ("plus_one",),
     "softplus": ("log1p_exp", "log_one_plus_exp"),
-    "noise": ("raw", "tfp", "sample_axis"),
+    "noise": ("raw", "tfp", "sample_axis", "broadcast"),
     "crelu": ("concat_first",),
     "score": ("reshape", "slice", "sum"),
     "variables": ("reference",),
