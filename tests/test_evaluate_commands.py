@@ -146,7 +146,7 @@ def test_what_scores_need_is_told_before_anything_is_drawn(
     data: Path, tiny: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "torchmetrics.image", None)
-    monkeypatch.setattr("bigbigan.commands.generation._samples", None)
+    monkeypatch.setattr("bigbigan.evaluation.protocols.generation._samples", None)
     assert "generation scores need torchmetrics" in refused(capsys, "generation", "--model", tiny, "--data", data)
 
 
@@ -406,7 +406,7 @@ def test_reconstruction_of_fully_connected_and_of_larger_encoders(
         sides.append(images.shape[-1])
         return train_classifier(images, *given, **options)
 
-    monkeypatch.setattr("bigbigan.evaluation.train_classifier", train)
+    monkeypatch.setattr("bigbigan.evaluation.protocols.reconstruction.train_classifier", train)
     mlp = get_preset("bigan-mnist-mlp").config
     big = get_preset("bigbigan-tiny").config
     big = dataclasses.replace(

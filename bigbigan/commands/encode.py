@@ -32,7 +32,6 @@ def add_parsers(commands: Commands) -> None:
         commands,
         "encode",
         _encode,
-        "write features of images to one file\n\n"
         "Formats, by the suffix of -o; rows are float32, in the order of the sorted names:\n"
         "  .npz          an array [N, D] an output, and `paths`\n"
         "  .safetensors  a tensor [N, D] an output, and a JSON list `paths` in the metadata\n"
@@ -141,9 +140,9 @@ def _find(arguments: argparse.Namespace) -> dict[str, Path | StoredImage]:
 def _rows(name: str, split: str) -> dict[str, Path | StoredImage]:
     from functools import partial
 
-    from bigbigan.commands.pairing import row_names
     from bigbigan.data.opening import open_dataset
     from bigbigan.evaluation.encoding import StoredImage
+    from bigbigan.evaluation.pairing import row_names
 
     dataset = open_dataset(name, split=split, label_column=None)
     return {

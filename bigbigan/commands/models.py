@@ -19,7 +19,6 @@ def add_parsers(commands: Commands) -> None:
         commands,
         "list",
         _list,
-        "list named models\n\n"
         "Columns: resolution of the generator and of the encoder, millions of parameters of each part (G, E, D),\n"
         "weights at hand (embedded, a folder, hub: in the Hub's cache, or -), what it is and who described it.",
         "Example: bigbigan list 'bigbigan-resnet*'\nExit codes: 0 done.",
@@ -31,7 +30,6 @@ def add_parsers(commands: Commands) -> None:
         commands,
         "info",
         _info,
-        "show what a model is\n\n"
         "Name, licence, source, files with size and sha256, parameters, architecture, provenance; for a named model\n"
         "without weights here, the architecture and how to get weights. Files of a repository are downloaded.",
         "Example: bigbigan info path/to/model --json\nExit codes: 0 done, 2 no such model, or a damaged one.",

@@ -12,7 +12,6 @@ def add_parsers(commands: Commands) -> None:
         commands,
         "export-onnx",
         _export_onnx,
-        "write the parts of a model as ONNX files\n\n"
         "generator.onnx: z -> images. encoder.onnx: x, noise -> z_sample, z_mean, z_stdev, avepool_feat,\n"
         "bn_crelu_feat. discriminator.onnx: x, z -> scores. Any batch size. Images are [N, C, S, S] in [-1, 1], noise\n"
         "is [N, z_dim] from N(0, 1), and no input of a deterministic encoder. Each file is compared with the model in\n"

@@ -19,7 +19,7 @@ from bigbigan.commands.options import (
     open_model,
     positive,
 )
-from bigbigan.commands.sample_record import NAME, write_record
+from bigbigan.evaluation.sample_record import NAME, write_record
 from bigbigan.outputs import PICTURE, SAMPLES, check_output, claim, claim_pictures
 
 if TYPE_CHECKING:
@@ -41,7 +41,6 @@ def _add_generate(commands: Commands) -> None:
         commands,
         "generate",
         _generate,
-        "draw images from random latents\n\n"
         "Writes one picture with all of them in a grid, or a folder of files 000000.png, 000001.png, …\n"
         "A folder that holds such files already is refused, unless --overwrite replaces all of them.\n"
         "Image i depends on the seed and i alone: a larger -n adds to the same images.",
@@ -83,7 +82,6 @@ def _add_reconstruct(commands: Commands) -> None:
         commands,
         "reconstruct",
         _reconstruct,
-        "encode images and draw them again\n\n"
         "Writes one picture: rows of originals, as the encoder sees them, each above the row of their\n"
         "reconstructions. Without IMAGE, the package's own model reconstructs test images that it has never seen.",
         "Example: bigbigan reconstruct -o demo.png\n"
@@ -105,7 +103,6 @@ def _add_interpolate(commands: Commands) -> None:
         commands,
         "interpolate",
         _interpolate,
-        "draw the way between two images through latent space\n\n"
         "Writes one row: image A, drawings of the latents from A's to B's, image B.",
         "Example: bigbigan interpolate a.png b.png -o strip.png --steps 10\n"
         "Exit codes: 0 done, 2 wrong usage, no such model or an unreadable image.",

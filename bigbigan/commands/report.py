@@ -23,7 +23,6 @@ def add_parsers(commands: Commands) -> None:
         commands,
         "report",
         _report,
-        "put records of `evaluate` and training runs together in a Markdown document\n\n"
         "One table a protocol, its settings and data: figures on other data or of other settings never share one.\n"
         "With --output, plots stand beside the document as PNG: bars, lines where k or labels vary, and the curves\n"
         "of runs over images seen.",

@@ -38,7 +38,7 @@ def _add_recipes(commands: Commands) -> None:
         commands,
         "recipes",
         _recipes,
-        "list training recipes\n\nWith a name: that recipe as JSON, whose fields `train --set` takes.",
+        "With a name: that recipe as JSON, whose fields `train --set` takes.",
         "Example: bigbigan recipes bigbigan-resnet50 --sources\nExit codes: 0 done, 2 no such recipe.",
     )
     parser.add_argument("recipe", nargs="?", metavar="RECIPE", help="one of them")
@@ -52,7 +52,6 @@ def _add_train(commands: Commands) -> None:
         commands,
         "train",
         _train,
-        "train a model, or resume a run\n\n"
         "The run folder holds config.json (the whole configuration, as --dry-run prints it), metrics.jsonl,\n"
         "samples/ (pictures), snapshots/ (model folders) and checkpoints/. The same command resumes from the last\n"
         "checkpoint, bit for bit on a CPU; total_images, standing_passes, log_images, checkpoint_images,\n"
@@ -134,7 +133,6 @@ def _add_export(commands: Commands) -> None:
         commands,
         "export",
         _export,
-        "turn a snapshot of a run into a model folder\n\n"
         "Weights are the averaged ones, without spectral norm and with standing statistics, as `load` reads them.\n"
         "The folder says how they were trained, and is loaded and verified in the end.",
         "Example: bigbigan export runs/a -o my-model --license MIT --note data='Fashion-MNIST'\n"
