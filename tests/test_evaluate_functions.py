@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -166,6 +168,18 @@ def test_rotation(data: Path, command: Callable[..., Any], tmp_path: Path) -> No
     told = command("rotation", "--data", data, "--model", tmp_path / "ssgan", "--batch-size", 5)
     assert_same(found, told)
     assert evaluate_rotation(open_dataset(data, split="test"), model).record["results"] == found.record["results"]
+
+
+def test_the_documents_lines(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(data, "fashion_mnist")
+    page = (Path(__file__).parents[1] / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    (code,) = (block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "evaluate_linear" in block)
+    exec(code, {})
+    assert [line.rpartition(" ")[0] for line in capsys.readouterr().out.splitlines()][1:] == ["raw pixels", "pca:16"]
+    assert pixels(tmp_path / "neighbours.png").shape[0] > 4 * 32
 
 
 def test_earlier_names_of_options_work_and_warn(

@@ -5,13 +5,19 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict
+from typing import Any
 
+import torch
+
+from bigbigan import factory, hub, list_models, modelfolder
 from bigbigan.commands.options import Commands, add_command, columns_text
-
-if TYPE_CHECKING:
-    from bigbigan.config import BigBiGANConfig
-    from bigbigan.graph import Graph
+from bigbigan.config import BigBiGANConfig
+from bigbigan.graph import Graph
+from bigbigan.model import BigBiGAN
+from bigbigan.modelcard import flatten
+from bigbigan.presets import EMBEDDED, PRESETS, normalize
+from bigbigan.schema import to_dict
 
 
 def add_parsers(commands: Commands) -> None:
@@ -43,19 +49,12 @@ def count_parameters(
     config: BigBiGANConfig, parts: Iterable[str] | None = None, graphs: Mapping[str, Graph] | None = None
 ) -> dict[str, int]:
     """Parameters by part, counted without allocating any."""
-    import torch
-
-    from bigbigan.model import BigBiGAN
-
     with torch.device("meta"):
         model = BigBiGAN(config, None if parts is None else tuple(parts), graphs=graphs)
     return {part: sum(p.numel() for p in getattr(model, part).parameters()) for part in model.parts}
 
 
 def _weights(name: str) -> str | None:
-    from bigbigan import hub
-    from bigbigan.presets import EMBEDDED
-
     if not hub.has_weights(name):
         return None
     folder = hub.cache_dir() / "models" / name
@@ -63,9 +62,6 @@ def _weights(name: str) -> str | None:
 
 
 def _list(arguments: argparse.Namespace) -> int:
-    from bigbigan import list_models
-    from bigbigan.presets import PRESETS
-
     found = []
     for preset in map(PRESETS.__getitem__, list_models(arguments.pattern)):
         config = preset.config
@@ -95,13 +91,6 @@ def _cell(value: Any) -> str:
 
 
 def _info(arguments: argparse.Namespace) -> int:
-    from dataclasses import asdict
-
-    from bigbigan import factory, hub, modelfolder
-    from bigbigan.modelcard import flatten
-    from bigbigan.presets import PRESETS, normalize
-    from bigbigan.schema import to_dict
-
     document: dict[str, Any]
     try:
         folder = hub.resolve(arguments.model, revision=arguments.revision)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from bigbigan.commands.options import Commands, add_command, add_model_options, columns_text, names, open_model
+from bigbigan.onnx import export_onnx
 
 
 def add_parsers(commands: Commands) -> None:
@@ -26,8 +27,6 @@ def add_parsers(commands: Commands) -> None:
 
 
 def _export_onnx(arguments: argparse.Namespace) -> int:
-    from bigbigan.onnx import export_onnx
-
     model = open_model(arguments, arguments.parts)
     reports = export_onnx(model, arguments.output)
     rows = [(str(r.path), _text(r.inputs), _text(r.outputs), f"{r.difference:.1e}") for r in reports]

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
 
 from bigbigan.commands.options import (
     Commands,
@@ -20,12 +22,10 @@ from bigbigan.commands.options import (
     positive,
 )
 from bigbigan.evaluation.sample_record import NAME, write_record
+from bigbigan.grids import CELL, enlargement, grid_layout, make_grid, make_pairs, match_size
+from bigbigan.images import asset_images, list_images, save_image
+from bigbigan.model import BigBiGAN
 from bigbigan.outputs import PICTURE, SAMPLES, check_output, claim, claim_pictures
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from bigbigan.model import BigBiGAN
 
 BATCH = 32
 
@@ -145,9 +145,6 @@ def _generate(arguments: argparse.Namespace) -> int:
 
 def _draw(arguments: argparse.Namespace, output: Path, earlier: list[Path] | None) -> int:
     """Into a folder, in place of `earlier` pictures there; None: into one picture."""
-    from bigbigan.grids import enlargement, make_grid
-    from bigbigan.images import save_image
-
     model = open_model(arguments, ("generator",), arguments.name)
     _check_layout(arguments, model, arguments.number if earlier is None else 1, arguments.columns)
     drawn = []
@@ -170,17 +167,12 @@ def _draw(arguments: argparse.Namespace, output: Path, earlier: list[Path] | Non
         for index, image in enumerate(images, start):
             save_image(make_grid(image[None], scale=arguments.scale or 1), output / f"{index:06d}.png")
     if drawn:
-        import torch
-
         grid = make_grid(torch.cat(drawn), arguments.columns, scale=arguments.scale or enlargement(images))
         save_image(grid, output)
     return 0
 
 
 def _reconstruct(arguments: argparse.Namespace) -> int:
-    from bigbigan.grids import make_pairs
-    from bigbigan.images import asset_images, list_images, save_image
-
     if arguments.images:
         given = [Path(image) for image in arguments.images]
         files = [file for path in given for file in (list_images(path) if path.is_dir() else [path])]
@@ -200,11 +192,6 @@ def _reconstruct(arguments: argparse.Namespace) -> int:
 
 
 def _interpolate(arguments: argparse.Namespace) -> int:
-    import torch
-
-    from bigbigan.grids import enlargement, make_grid, match_size
-    from bigbigan.images import save_image
-
     images = [arguments.a, arguments.b]
     check_picture(arguments.output, images)
     model = open_model(arguments, ("generator", "encoder"))
@@ -222,8 +209,6 @@ def _interpolate(arguments: argparse.Namespace) -> int:
 
 def _check_layout(arguments: argparse.Namespace, model: BigBiGAN, number: int, columns: int | None) -> None:
     """Refuses a picture that would be too large before anything is drawn."""
-    from bigbigan.grids import CELL, grid_layout
-
     config = model.part("generator").config
     side = config.upsample_size if arguments.upsample else config.resolution
     grid_layout(number, (side, side), columns, scale=arguments.scale or max(1, CELL // side))
@@ -234,8 +219,6 @@ def slerp(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
 
     Shoemake 1985, "Animating rotation with quaternion curves", without normalising a and b.
     """
-    import torch
-
     angle = torch.cosine_similarity(a, b).clamp(-1, 1).acos()
     if angle.sin() < 1e-4:
         return torch.lerp(a, b, t)

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
 import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import reduce
+from itertools import zip_longest
+from operator import getitem
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from textwrap import wrap
+from typing import Any
 
+from torch import OutOfMemoryError
+from torch.distributed.elastic.multiprocessing.errors import record
+
+from bigbigan import factory
 from bigbigan.commands.options import (
     Commands,
     add_command,
@@ -20,9 +30,17 @@ from bigbigan.commands.options import (
     not_negative,
     set_threads,
 )
-
-if TYPE_CHECKING:
-    from bigbigan.training.config import TrainConfig
+from bigbigan.data.opening import open_training_data
+from bigbigan.modelfolder import read_config
+from bigbigan.presets import close_names, normalize
+from bigbigan.schema import ConfigError, from_dict, to_dict
+from bigbigan.training.config import TrainConfig
+from bigbigan.training.cost import estimate
+from bigbigan.training.distributed import PeerError
+from bigbigan.training.loop import TrainingStopped, train
+from bigbigan.training.recipes import RECIPES, sources
+from bigbigan.training.runfolder import find_snapshots, has_checkpoint, read_run_config
+from bigbigan.training.tensorboard import require_tensorboard
 
 logger = logging.getLogger(__name__)
 
@@ -159,9 +177,6 @@ def _add_export(commands: Commands) -> None:
 
 
 def _recipe(name: str) -> TrainConfig:
-    from bigbigan.presets import close_names, normalize
-    from bigbigan.training.recipes import RECIPES
-
     if normalize(name) in RECIPES:
         return RECIPES[normalize(name)]
     close = close_names(name, RECIPES)
@@ -170,14 +185,6 @@ def _recipe(name: str) -> TrainConfig:
 
 
 def _recipes(arguments: argparse.Namespace) -> int:
-    from functools import reduce
-    from itertools import zip_longest
-    from operator import getitem
-    from textwrap import wrap
-
-    from bigbigan.schema import to_dict
-    from bigbigan.training.recipes import RECIPES, sources
-
     if arguments.sources:
         if not arguments.recipe:
             raise ValueError("--sources needs the name of a recipe; `bigbigan recipes` lists them")
@@ -209,11 +216,6 @@ def apply_settings(config: TrainConfig, settings: list[str]) -> TrainConfig:
     Raises:
         ConfigError: a malformed setting, an unknown key (close ones are named), or a value that does not fit.
     """
-    import difflib
-
-    from bigbigan.schema import ConfigError, from_dict, to_dict
-    from bigbigan.training.config import TrainConfig
-
     data = to_dict(config)
     for setting in settings:
         key, value = _key_value(setting)
@@ -246,20 +248,6 @@ def _keys(data: dict[str, Any], prefix: str = "") -> list[str]:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    from dataclasses import replace
-
-    from torch import OutOfMemoryError
-    from torch.distributed.elastic.multiprocessing.errors import record
-
-    from bigbigan import factory
-    from bigbigan.data.opening import open_training_data
-    from bigbigan.schema import to_dict
-    from bigbigan.training.cost import estimate
-    from bigbigan.training.distributed import PeerError
-    from bigbigan.training.loop import TrainingStopped, train
-    from bigbigan.training.runfolder import has_checkpoint
-    from bigbigan.training.tensorboard import require_tensorboard
-
     recipe, init = _recipe(arguments.recipe), None
     if arguments.init:
         init = factory.load(arguments.init, parts=None)
@@ -316,8 +304,6 @@ def _train(arguments: argparse.Namespace) -> int:
 
 def _summary(config: TrainConfig, recipe: TrainConfig, folder: str | None) -> list[str]:
     """What a person checks before hours of training; `config.json` has the rest."""
-    from bigbigan.schema import to_dict
-
     networks = [config.model.generator, config.model.encoder]
     sides = ", ".join(f"{name} {part.resolution}" for name, part in zip("GE", networks, strict=True) if part)
     colour = {1: "grey", 3: "colour"}.get(config.model.image_channels, f"{config.model.image_channels} channels")
@@ -348,9 +334,6 @@ def find_snapshot(run: Path, which: str) -> Path:
     Raises:
         ValueError: there is none.
     """
-    from bigbigan.modelfolder import read_config
-    from bigbigan.training.runfolder import find_snapshots
-
     found = find_snapshots(run)
     if not found:
         raise ValueError(f"{run} has no snapshots yet: resume it with --max-minutes 1, which ends with one")
@@ -371,12 +354,6 @@ def find_snapshot(run: Path, which: str) -> Path:
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    from dataclasses import replace
-
-    from bigbigan import factory
-    from bigbigan.schema import to_dict
-    from bigbigan.training.runfolder import read_run_config
-
     run, output = Path(arguments.folder), Path(arguments.output)
     training = to_dict(read_run_config(run))
     del training["model"]  # the folder has it as its architecture
