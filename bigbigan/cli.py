@@ -12,11 +12,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from bigbigan._version import __version__
-from bigbigan.commands import conversion, encode, evaluation, models, onnx, pictures, report, training
 from bigbigan.commands.options import claim_outputs, help_formatter
+from bigbigan.commands.verbs import add_verbs
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser(argv: Sequence[str] | None = None) -> argparse.ArgumentParser:
+    """The parser of a command line: only the verb that `argv` asks for is defined in full; all of them for None."""
     parser = argparse.ArgumentParser(
         prog="bigbigan",
         formatter_class=help_formatter,
@@ -27,15 +28,15 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"bigbigan {__version__}")
     commands = parser.add_subparsers(dest="verb", metavar="COMMAND", required=True, title="commands")
-    for group in (pictures, encode, models, conversion, onnx, training, evaluation, report):
-        group.add_parsers(commands)
+    add_verbs(commands, argv)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs `argv` (default: the process's arguments) and returns the exit code; a stranger's error is raised."""
-    arguments = build_parser().parse_args(argv)
-    arguments.argv = list(sys.argv[1:] if argv is None else argv)  # for records of what was measured
+    argv = list(sys.argv[1:] if argv is None else argv)
+    arguments = build_parser(argv).parse_args(argv)
+    arguments.argv = argv  # for records of what was measured
     label = f"bigbigan {arguments.verb}"
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="surrogateescape")  # names of files that are no text come out as they are

@@ -192,7 +192,7 @@ def test_a_run_whose_rates_fall_keeps_its_length(
 def test_evaluate_linear(
     tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("bigbigan.commands.comparison.STANDING_PASSES", 5)
+    monkeypatch.setattr("bigbigan.evaluation.protocols.comparison.STANDING_PASSES", 5)
     folder = str(tmp_path / "tiny")
     create_model("bigbigan-tiny", seed=7).save(folder)
     record = tmp_path / "record.json"

@@ -62,7 +62,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     return line
 
 
-GENERATION = ("--kid-subset-size", 10, "--splits", 2, "--batch-size", 7)
+GENERATION = ("--kid-subset-size", 10, "--score-splits", 2, "--batch-size", 7)
 
 
 def test_samples_score_the_same_wherever_they_are(tmp_path: Path, data: Path) -> None:
@@ -116,7 +116,7 @@ def test_folders_of_samples_are_taken_whole_and_of_one_kind(
     for number, name in enumerate(("train/0.png", "train/1.png", "truck/0.png", "truck/1.png")):
         (tmp_path / "made" / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (32, 32), (60 * number, 0, 99)).save(tmp_path / "made" / name)
-    network = ("--network", f"{data / 'network.py'}:network", "--kid-subsets", 0, "--splits", 1)
+    network = ("--network", f"{data / 'network.py'}:network", "--kid-subsets", 0, "--score-splits", 1)
     arguments = ("generation", "--samples", tmp_path / "made", "--data", data, "--split", "test", *network)
     protocol = measure(tmp_path, *arguments)["protocol"]
     assert (protocol["num_samples"], protocol["channels"], protocol["kernel"]) == (4, 3, None)
@@ -132,7 +132,7 @@ def test_a_network_of_ones_own_finds_its_modules_and_its_errors_are_told(
     (tmp_path / "mine.py").write_text(NETWORK)
     (tmp_path / "entry.py").write_text("from mine import network\ndef broken(): raise RuntimeError('no weights')\n")
     (tmp_path / "leaves.py").write_text("import sys\nsys.path.insert(0, 'mine')\ndef leave(): sys.exit('no GPU')\n")
-    arguments = ("generation", "--samples", data / "train", "--data", data, "--kid-subsets", 0, "--splits", 1)
+    arguments = ("generation", "--samples", data / "train", "--data", data, "--kid-subsets", 0, "--score-splits", 1)
     path = list(sys.path)
     found = measure(tmp_path, *arguments, "--network", f"{tmp_path / 'entry.py'}:network")
     assert found["protocol"]["network"] == "rows" and sys.path == path
@@ -146,7 +146,7 @@ def test_what_scores_need_is_told_before_anything_is_drawn(
     data: Path, tiny: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "torchmetrics.image", None)
-    monkeypatch.setattr("bigbigan.commands.generation._samples", None)
+    monkeypatch.setattr("bigbigan.evaluation.protocols.generation._samples", None)
     assert "generation scores need torchmetrics" in refused(capsys, "generation", "--model", tiny, "--data", data)
 
 
@@ -203,7 +203,7 @@ def test_generation_refuses_what_does_not_fit(
     assert "one of them" in told(*given, "--data", data, "--statistics", "x.npz")
     assert f"{samples} holds 20 images, and 21 are asked for" in told(*given, "--data", data, "-n", 21)
     assert "9 samples; lower --kid-subset-size" in told(*given, "--data", data, "-n", 9)
-    assert "12 samples do not split into 7 parts" in told(*given, "--data", data, "-n", 12, "--splits", 7)
+    assert "12 samples do not split into 7 parts" in told(*given, "--data", data, "-n", 12, "--score-splits", 7)
     assert "are drawn already" in told(*given, "--data", data, "--truncation", 0.5)
     assert ".pkl" in told(*given, "--data", data, "--save-statistics", "s.pkl")
     assert "there is no file absent.py" in told(*given, "--data", data, "--network", "absent.py:network")
@@ -273,7 +273,7 @@ def test_a_feature_file_finds_the_same_neighbours(
         assert main(["encode", str(folder), "-o", str(file), "--model", tiny, "--outputs", "avepool_feat,z_mean"]) == 0
         picture = tmp_path / "picture.png"
         stored = measure(
-            tmp_path, "retrieval", query, "--data", folder, "--features", file, *options, "-o", picture
+            tmp_path, "retrieval", query, "--data", folder, "--feature-file", file, *options, "-o", picture
         )["results"][0]  # fmt: skip
         assert [str(folder / name) for name in stored["neighbours"][0]["names"]] == direct["neighbours"][0]["names"]
         assert stored["precision"] == direct["precision"]
@@ -286,7 +286,7 @@ def test_a_feature_file_is_credited_to_nobody_or_to_the_model_that_wrote_it(
     folder, file, other = data / "train", tmp_path / "features.npz", tmp_path / "other"
     create_model("bigbigan-tiny", parts=("encoder",), seed=8).save(other)
     assert main(["encode", str(folder), "-o", str(file), "--model", tiny, "--quiet"]) == 0
-    options = ("--data", folder, "--features", file, "--k", 2)
+    options = ("--data", folder, "--feature-file", file, "--k", 2)
     alone = measure(tmp_path, "retrieval", *options, "--model", other)
     assert alone["model"] is None and alone["results"][0]["representation"] == "features.npz"
     asked = measure(tmp_path, "retrieval", folder / "dark" / "0.png", *options, "--model", tiny)
@@ -310,7 +310,18 @@ def test_weights_are_what_the_model_folder_says_they_are(tmp_path: Path, data: P
     last = create_model("bigbigan-tiny", seed=7)
     last.info = dataclasses.replace(last.info, provenance={"training": {"ema_halflife_images": 0.0}})
     last.save(tmp_path / "last")
-    options = ("-n", 4, "--data", data, "--network", f"{data}/network.py:network", "--kid-subsets", 0, "--splits", 1)
+    options = (
+        "-n",
+        4,
+        "--data",
+        data,
+        "--network",
+        f"{data}/network.py:network",
+        "--kid-subsets",
+        0,
+        "--score-splits",
+        1,
+    )
     for model, said in (
         (tiny, "as in the model folder"),
         (tmp_path / "last", "of the last step, no EMA, standing statistics"),
@@ -348,7 +359,9 @@ def test_precision_of_a_split_against_another_and_itself(
     )
     assert "there are 59 images" in refused(capsys, "retrieval", "--data", data, "--model", tiny, "--k", 60)
     assert "not both" in refused(capsys, "retrieval", "a.png", "--data", data, "--query-split", "test")
-    assert "no such file" in refused(capsys, "retrieval", "--data", data, "--features", "absent.npz", "--model", tiny)
+    assert "no such file" in refused(
+        capsys, "retrieval", "--data", data, "--feature-file", "absent.npz", "--model", tiny
+    )
     assert "no such file" in refused(capsys, "retrieval", "absent.png", "--data", data, "--model", tiny)
 
 
@@ -406,7 +419,7 @@ def test_reconstruction_of_fully_connected_and_of_larger_encoders(
         sides.append(images.shape[-1])
         return train_classifier(images, *given, **options)
 
-    monkeypatch.setattr("bigbigan.evaluation.train_classifier", train)
+    monkeypatch.setattr("bigbigan.evaluation.protocols.reconstruction.train_classifier", train)
     mlp = get_preset("bigan-mnist-mlp").config
     big = get_preset("bigbigan-tiny").config
     big = dataclasses.replace(

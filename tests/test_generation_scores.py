@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from bigbigan import create_model
-from bigbigan.commands.image_sets import given_images
 from bigbigan.evaluation.feature_networks import INCEPTION, FeatureNetwork, encoder_network, inception_network
 from bigbigan.evaluation.generation import (
     FeatureStatistics,
@@ -25,6 +24,7 @@ from bigbigan.evaluation.generation import (
     frechet_distance,
     kernel_distance,
 )
+from bigbigan.evaluation.protocols.image_sets import given_images
 
 pytest.importorskip("torchmetrics")
 

@@ -306,10 +306,11 @@ def test_no_averages_export_the_weights_themselves() -> None:
 def test_standing_statistics_take_as_many_images_in_passes_that_fit_a_device(
     batch_size: int, accumulate: int, taken: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from bigbigan.layers import StandingStatistics
     from bigbigan.training import export
 
     sizes: list[int] = []
-    monkeypatch.setattr(export.StandingStatistics, "__call__", lambda self, *inputs: sizes.append(len(inputs[0])))
+    monkeypatch.setattr(StandingStatistics, "__call__", lambda self, *inputs: sizes.append(len(inputs[0])))
     config = dataclasses.replace(TINY, batch_size=batch_size, accumulate=accumulate, standing_passes=2)
     images = torch.zeros(400, 3, 32, 32, dtype=torch.uint8)
     export.inference_model(TrainingState(config), images)

@@ -137,7 +137,7 @@ def test_a_process_is_refused_at_once_and_its_lock_ends_with_it(here: Path, caps
 def test_commands_run_again_over_their_own_outputs(here: Path, tiny: str) -> None:
     data = str(make_classes(here / "data", {"train": 6, "test": 4}))
     model = ["--model", tiny, "--quiet"]
-    score = ["--network", f"model:{tiny}", "-n", "8", "--kid-subsets", "0", "--splits", "1"]
+    score = ["--network", f"model:{tiny}", "-n", "8", "--kid-subsets", "0", "--score-splits", "1"]
     commands = [
         *(["encode", "in", "-o", f"a{suffix}", *model] for suffix in (".npz", ".safetensors", ".parquet")),
         ["evaluate", "knn", "--data", data, "--k", "1", "--json", "a.json", *model],
@@ -286,7 +286,7 @@ def test_no_two_files_have_one_name(here: Path, tiny: str, capsys: pytest.Captur
         assert sorted(os.fsencode(path_named(name)) for name in found) == sorted(names)
         assert {"\\xff.png", "a\\b.png", "é.png"} <= set(found)
     # Whoever reads the file finds the pictures again, and their names in the record.
-    search = ["evaluate", "retrieval", "--data", "odd", "--features", "a.npz", "--feature", "z_mean", "--k", "1"]
+    search = ["evaluate", "retrieval", "--data", "odd", "--feature-file", "a.npz", "--feature", "z_mean", "--k", "1"]
     assert main([*search, "--model", tiny, "-o", "a.png"]) == 0
     query = os.fsdecode(os.fsencode(folder) + b"/\xff.png")
     capsys.readouterr()

@@ -15,8 +15,8 @@ from test_training_data import png
 
 from bigbigan import create_model
 from bigbigan.cli import main
-from bigbigan.commands.pairing import row_order
 from bigbigan.data.opening import open_dataset
+from bigbigan.evaluation.pairing import row_order
 
 SUFFIXES = (".npz", ".safetensors", ".parquet")
 

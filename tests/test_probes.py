@@ -57,7 +57,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 @pytest.fixture(autouse=True)
 def few_passes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bigbigan.commands.comparison.STANDING_PASSES", 3)
+    monkeypatch.setattr("bigbigan.evaluation.protocols.comparison.STANDING_PASSES", 3)
 
 
 def record(tmp_path: Path, *arguments: object) -> dict[str, Any]:
@@ -167,12 +167,12 @@ def test_a_table_does_not_depend_on_how_images_are_read(
     shutil.copytree(data, folder)
     (folder / "train" / "a" / "029.png").write_bytes(b"no picture")  # the next readable one is of class b
     lenient = functools.partial(open_dataset, max_bad_fraction=0.5)
-    monkeypatch.setattr("bigbigan.data.opening.open_dataset", lenient)
+    monkeypatch.setattr("bigbigan.evaluation.protocols.comparison.open_dataset", lenient)
     options = ("--compare", "untrained", "--batch-size", 16)
     plain = linear(tmp_path, folder, models["one"], *options)
     assert plain["data"]["train"]["unreadable"] == 1
     with monkeypatch.context() as patch:
-        patch.setattr("bigbigan.commands.comparison.MAX_DECODED", 0)
+        patch.setattr("bigbigan.evaluation.protocols.comparison.MAX_DECODED", 0)
         assert linear(tmp_path, folder, models["one"], *options)["results"] == plain["results"]
         cached = linear(tmp_path, folder, models["one"], *options, "--feature-cache", tmp_path / "cache")
         assert cached["results"] == plain["results"]
@@ -211,10 +211,10 @@ def test_augmented_images_are_crops_of_training_images_alone(
     data: Path, models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Class by class of one brightness, every crop tells its label; none comes from the held-out images."""
-    from bigbigan.commands import probes
+    from bigbigan.evaluation.protocols import linear as module
 
     seen: list[tuple[Tensor, Tensor]] = []
-    inner = probes._augmented
+    inner = module._augmented
 
     def watched(*arguments: Any) -> Any:
         for features, y in inner(*arguments):
@@ -222,7 +222,7 @@ def test_augmented_images_are_crops_of_training_images_alone(
                 seen.append((features["pixels"], y))
             yield features, y
 
-    monkeypatch.setattr(probes, "_augmented", watched)
+    monkeypatch.setattr(module, "_augmented", watched)
     options = ("--protocol", "paper", "--steps", 20, "--probe-batch-size", 30, "--workers", 1, "--compare", "pixels")
     linear(tmp_path, data, models["one"], *options)
     pixels, labels = (torch.cat(parts) for parts in zip(*seen, strict=True))
@@ -345,7 +345,9 @@ def test_linear_names_what_does_not_fit(
     arguments: list[str],
     message: str,
 ) -> None:
-    monkeypatch.setattr("bigbigan.commands.comparison._computed", None)  # all is told before anything is computed
+    monkeypatch.setattr(
+        "bigbigan.evaluation.protocols.comparison._computed", None
+    )  # all is told before anything is computed
     np.save(tmp_path / "train.npy", np.ones((90, 2)))
     np.save(tmp_path / "test.npy", np.ones((18, 2)))
     arguments = [argument.replace("{d}", str(tmp_path)) for argument in arguments]
@@ -357,7 +359,7 @@ def test_linear_names_what_does_not_fit(
 def test_supervised_networks_need_decoded_images(
     data: Path, models: dict[str, str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("bigbigan.commands.comparison._computed", None)
+    monkeypatch.setattr("bigbigan.evaluation.protocols.comparison._computed", None)
     monkeypatch.setattr("bigbigan.data.dataset.ImageDataset.decoded_bytes", lambda *_: 1 << 40)
     assert main([*knn_options(models["one"]), "--data", str(data), "--compare", "supervised"]) == 2
     assert "90 images of 32 pixels take 1024.0 GiB decoded" in capsys.readouterr().err

@@ -125,14 +125,37 @@ def test_deviations_stand_beside_their_figures(tmp_path: Path) -> None:
     assert table[2] == ["a", "1,000", "12.35", "0.00123 ± 0.0004"]
 
 
-def test_plots_show_the_first_accuracy_or_score_and_lines_where_k_varies() -> None:
+def test_records_state_their_columns_and_plot() -> None:
+    """By their protocol; of a protocol that is not ours, texts and numbers as they come."""
     rows = [{"representation": "m", "k": k, "num_features": 9, "accuracy": 0.1 * k} for k in (1, 5)]
-    (group,) = group_records({"r": {**a_record(), "results": rows}})
-    assert group.main_figure() == "accuracy"
-    (scores,) = group_records({"r": {**a_record(), "results": [{"n": 5, "FID": 3.0, "KID": 1.0}]}})
-    assert scores.main_figure() == "FID"
-    (nothing,) = group_records({"r": {**a_record(), "results": [{"representation": "m", "n": 5}]}})
-    assert nothing.main_figure() is None
+    table = make_record(None, {"name": "knn"}, results=rows, data={})["table"]
+    assert [column["label"] for column in table["columns"]] == ["Representation", "Width", "k", "Top-1 %"]
+    assert table["plot"] == {"y": "accuracy", "x": ["k", "images_seen"], "series": ["representation"]}
+    mine = make_record(None, {"name": "mine"}, results=[{"who": "me", "n": 5, "loss": 3.0}], data={})["table"]
+    assert [(c["label"], c["format"]) for c in mine["columns"]] == [("Who", "text"), ("N", "count"), ("Loss", "number")]
+    assert mine["plot"] == {"y": "loss", "x": ["images_seen"], "series": ["who"]}
+    assert make_record(None, {"name": "mine"}, results=[{"n": 5}], data={})["table"]["plot"] is None
+
+
+def test_a_record_is_shown_as_it_says(tmp_path: Path) -> None:
+    record = a_record()
+    record["table"] = {
+        "columns": [
+            {"key": "feature", "label": "What", "format": "text"},
+            {"key": "accuracy", "label": "Right", "format": "number"},
+        ],
+        "plot": None,
+    }
+    text = report(save(tmp_path / "a.json", record))
+    assert tables(text)[0] == [["What", "Right"], ["---", "---"], ["avepool_feat", "0.5"], ["pixels", "0.25"]]
+    assert "![" not in text
+
+
+def test_records_without_a_description_get_that_of_their_protocol(tmp_path: Path) -> None:
+    record = a_record()
+    stated = report(save(tmp_path / "a.json", record))
+    del record["table"]
+    assert report(save(tmp_path / "a.json", record)) == stated
 
 
 def test_lines_and_bars_have_their_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,7 +169,7 @@ def test_lines_and_bars_have_their_values(tmp_path: Path, monkeypatch: pytest.Mo
         for k in (5, 1)
     ]
     rows.append({"representation": "level", "accuracy": 0.9})
-    (group,) = group_records({"r": {**a_record(), "results": rows}})
+    (group,) = group_records({"r": make_record(None, {"name": "knn"}, results=rows, data={})})
     assert plots.draw_group(group, tmp_path / "x.png")
     lines = {line.get_label(): line.get_ydata() for line in drawn[0].get_lines()}
     assert [list(map(float, lines[name])) for name in ("a", "b", "level")] == [
@@ -164,7 +187,8 @@ def test_models_that_have_seen_different_numbers_of_images_are_bars(
     drawn: list[Any] = []
     monkeypatch.setattr("bigbigan.evaluation.plots._draw_bars", lambda path, *what: drawn.append(what))
     rows = [{"samples": name, "images_seen": seen, "FID": seen / 100} for name, seen in (("a", 400), ("b", 300))]
-    (group,) = group_records({f"{row['samples']}.json": {**a_record(), "results": [row]} for row in rows})
+    records = {str(row["samples"]): make_record(None, {"name": "generation"}, results=[row], data={}) for row in rows}
+    (group,) = group_records(records)
     assert draw_group(group, tmp_path / "x.png")
     assert drawn == [("FID", ["a", "b"], [4.0, 3.0])]
 
@@ -235,6 +259,11 @@ def test_folders_of_records_and_stdout(tmp_path: Path, capsys: pytest.CaptureFix
         ("list.json", "[]", "list.json is no record"),
         ("rows.json", json.dumps(a_record() | {"results": [1]}), "rows.json is no record .*: results"),
         ("name.json", json.dumps(a_record() | {"protocol": {}}), "name.json is no record .*: protocol.name"),
+        (
+            "table.json",
+            json.dumps(a_record() | {"table": {"columns": [{"key": 1}]}}),
+            "table.json is no record .*: table",
+        ),
         ("data.json", json.dumps(a_record() | {"data": {"test": 1}}), "data.json is no record .*: data"),
         ("bytes.json", b"\xff\xfe", "bytes.json is no JSON"),
         ("run/metrics.jsonl", '{"num_images": 1}\n{"a": 2}\n', "metrics.jsonl line 2 is no log entry"),

@@ -44,6 +44,8 @@ CORE_LEVELS = [
 ]
 LEVEL = {name: level for level, names in enumerate(CORE_LEVELS) for name in names}
 COMMAND_LINE = {"cli", "commands", "__main__"}
+# What every command imports, before the module of the verb that it asks for.
+LIGHT = {"__main__.py", "cli.py", *(f"commands/{name}.py" for name in ("__init__", "evaluation", "options", "verbs"))}
 ROOMS = ["data", "evaluation", "training"]  # each may import those before it, and the core
 UPPER = {*ROOMS, "weights_conversion"}
 
@@ -83,13 +85,20 @@ def test_core_modules_import_downwards_only() -> None:
 def test_rooms_import_downwards_only() -> None:
     for path, name in NAMES.items():
         folder = name.split("/")[0].removesuffix(".py")
-        if folder in COMMAND_LINE:  # imports what a command needs when the command runs
+        if name in LIGHT:
             assert not roots(path, deep=False) & UPPER, name
+        if folder in COMMAND_LINE:
+            continue
         elif folder in UPPER:
             above = {"weights_conversion", *ROOMS[ROOMS.index(folder) + 1 :]}
             assert not roots(path, deep=True) & (above | COMMAND_LINE), name
         else:
             assert not roots(path, deep=True) & (UPPER | COMMAND_LINE), name
+
+
+def test_the_command_line_alone_knows_argparse() -> None:
+    users = {name for path, name in NAMES.items() if "argparse" in path.read_text(encoding="utf-8")}
+    assert users and all(name.split("/")[0] in {"commands", "cli.py"} for name in users), users
 
 
 FOREIGN = {"tensorflow", "jax", "torchvision"}

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 import bigbigan
 from bigbigan import files
+from bigbigan.data.latents import draw_latents
 from bigbigan.data.opening import open_dataset
 from bigbigan.discriminator import DiscriminatorOutput
 from bigbigan.layers import SpectralNorm, advance_spectral_norm
@@ -31,7 +32,6 @@ from bigbigan.training import loop, runfolder, runstate
 from bigbigan.training.config import TrainConfig
 from bigbigan.training.ema import EMA
 from bigbigan.training.export import inference_model
-from bigbigan.training.latents import draw_latents
 from bigbigan.training.losses import discriminator_loss, generator_encoder_loss
 from bigbigan.training.monitor import Monitor
 from bigbigan.training.step import Batch, TrainingState, make_pairs, score, train_step

@@ -24,7 +24,6 @@ def _add_convert(commands: Commands) -> None:
         commands,
         "convert",
         _convert,
-        "turn a TF-Hub module, or a .pth of others, into a model folder\n\n"
         "A module's architecture is read from its graph, network by network. A network that this package's layers do\n"
         "not express becomes a graph network: it runs the module's operations and gives the same outputs, but it\n"
         "cannot be trained by a recipe or fused. Every output is then computed by the module and by the result, on\n"
@@ -73,7 +72,6 @@ def _add_push(commands: Commands) -> None:
         commands,
         "push",
         _push,
-        "put a model folder into a repository on the Hugging Face Hub\n\n"
         "One commit with weights, config.json and a model card; the repository is made if need be. The token is that\n"
         "of `hf auth login`, or HF_TOKEN. A converted model's licence is that of its source: state it with --license.",
         "Example: bigbigan push my-model org/bigbigan-resnet50 --private\n"

@@ -7,8 +7,10 @@ import os
 import sys
 from collections.abc import Sequence
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import torch
 
 from bigbigan.commands.options import (
     Commands,
@@ -22,9 +24,12 @@ from bigbigan.commands.options import (
     open_model,
     positive,
 )
-
-if TYPE_CHECKING:
-    from bigbigan.evaluation.encoding import StoredImage
+from bigbigan.data.opening import open_dataset
+from bigbigan.data.paths import holds_rows
+from bigbigan.evaluation.encoding import StoredImage, encode_files, find_images
+from bigbigan.evaluation.pairing import row_names
+from bigbigan.files import file_name
+from bigbigan.listing import has_images
 
 
 def add_parsers(commands: Commands) -> None:
@@ -32,7 +37,6 @@ def add_parsers(commands: Commands) -> None:
         commands,
         "encode",
         _encode,
-        "write features of images to one file\n\n"
         "Formats, by the suffix of -o; rows are float32, in the order of the sorted names:\n"
         "  .npz          an array [N, D] an output, and `paths`\n"
         "  .safetensors  a tensor [N, D] an output, and a JSON list `paths` in the metadata\n"
@@ -85,10 +89,6 @@ def add_parsers(commands: Commands) -> None:
 
 
 def _encode(arguments: argparse.Namespace) -> int:
-    import torch
-
-    from bigbigan.evaluation.encoding import encode_files
-
     files = _find(arguments)
     rank, world_size = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
     if world_size > 1:
@@ -124,9 +124,6 @@ def _encode(arguments: argparse.Namespace) -> int:
 
 def _find(arguments: argparse.Namespace) -> dict[str, Path | StoredImage]:
     """Pictures by the names of their rows: those of files first, then those of each data set."""
-    from bigbigan.evaluation.encoding import find_images
-    from bigbigan.files import file_name
-
     given = _listed(arguments.images)
     sets = [name for name in given if _is_data_set(name)]
     files: dict[str, Path | StoredImage] = {}
@@ -139,12 +136,6 @@ def _find(arguments: argparse.Namespace) -> dict[str, Path | StoredImage]:
 
 
 def _rows(name: str, split: str) -> dict[str, Path | StoredImage]:
-    from functools import partial
-
-    from bigbigan.commands.pairing import row_names
-    from bigbigan.data.opening import open_dataset
-    from bigbigan.evaluation.encoding import StoredImage
-
     dataset = open_dataset(name, split=split, label_column=None)
     return {
         row: StoredImage(partial(dataset.sources.__getitem__, index), f"{dataset.digest} {index}")
@@ -182,9 +173,6 @@ def _listed(inputs: Sequence[str]) -> list[str]:
 
 def _is_data_set(name: str) -> bool:
     """Whether this leads to rows; a folder with pictures in it is a folder of pictures, whatever else it holds."""
-    from bigbigan.data.paths import holds_rows
-    from bigbigan.listing import has_images
-
     path = Path(name)
     if path.is_dir():
         return holds_rows(name) and not has_images(path)

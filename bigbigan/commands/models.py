@@ -5,13 +5,19 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict
+from typing import Any
 
+import torch
+
+from bigbigan import factory, hub, list_models, modelfolder
 from bigbigan.commands.options import Commands, add_command, columns_text
-
-if TYPE_CHECKING:
-    from bigbigan.config import BigBiGANConfig
-    from bigbigan.graph import Graph
+from bigbigan.config import BigBiGANConfig
+from bigbigan.graph import Graph
+from bigbigan.model import BigBiGAN
+from bigbigan.modelcard import flatten
+from bigbigan.presets import EMBEDDED, PRESETS, normalize
+from bigbigan.schema import to_dict
 
 
 def add_parsers(commands: Commands) -> None:
@@ -19,7 +25,6 @@ def add_parsers(commands: Commands) -> None:
         commands,
         "list",
         _list,
-        "list named models\n\n"
         "Columns: resolution of the generator and of the encoder, millions of parameters of each part (G, E, D),\n"
         "weights at hand (embedded, a folder, hub: in the Hub's cache, or -), what it is and who described it.",
         "Example: bigbigan list 'bigbigan-resnet*'\nExit codes: 0 done.",
@@ -31,7 +36,6 @@ def add_parsers(commands: Commands) -> None:
         commands,
         "info",
         _info,
-        "show what a model is\n\n"
         "Name, licence, source, files with size and sha256, parameters, architecture, provenance; for a named model\n"
         "without weights here, the architecture and how to get weights. Files of a repository are downloaded.",
         "Example: bigbigan info path/to/model --json\nExit codes: 0 done, 2 no such model, or a damaged one.",
@@ -45,19 +49,12 @@ def count_parameters(
     config: BigBiGANConfig, parts: Iterable[str] | None = None, graphs: Mapping[str, Graph] | None = None
 ) -> dict[str, int]:
     """Parameters by part, counted without allocating any."""
-    import torch
-
-    from bigbigan.model import BigBiGAN
-
     with torch.device("meta"):
         model = BigBiGAN(config, None if parts is None else tuple(parts), graphs=graphs)
     return {part: sum(p.numel() for p in getattr(model, part).parameters()) for part in model.parts}
 
 
 def _weights(name: str) -> str | None:
-    from bigbigan import hub
-    from bigbigan.presets import EMBEDDED
-
     if not hub.has_weights(name):
         return None
     folder = hub.cache_dir() / "models" / name
@@ -65,9 +62,6 @@ def _weights(name: str) -> str | None:
 
 
 def _list(arguments: argparse.Namespace) -> int:
-    from bigbigan import list_models
-    from bigbigan.presets import PRESETS
-
     found = []
     for preset in map(PRESETS.__getitem__, list_models(arguments.pattern)):
         config = preset.config
@@ -97,13 +91,6 @@ def _cell(value: Any) -> str:
 
 
 def _info(arguments: argparse.Namespace) -> int:
-    from dataclasses import asdict
-
-    from bigbigan import factory, hub, modelfolder
-    from bigbigan.modelcard import flatten
-    from bigbigan.presets import PRESETS, normalize
-    from bigbigan.schema import to_dict
-
     document: dict[str, Any]
     try:
         folder = hub.resolve(arguments.model, revision=arguments.revision)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from bigbigan.commands.options import Commands, add_command, add_model_options, columns_text, names, open_model
+from bigbigan.onnx import export_onnx
 
 
 def add_parsers(commands: Commands) -> None:
@@ -12,7 +13,6 @@ def add_parsers(commands: Commands) -> None:
         commands,
         "export-onnx",
         _export_onnx,
-        "write the parts of a model as ONNX files\n\n"
         "generator.onnx: z -> images. encoder.onnx: x, noise -> z_sample, z_mean, z_stdev, avepool_feat,\n"
         "bn_crelu_feat. discriminator.onnx: x, z -> scores. Any batch size. Images are [N, C, S, S] in [-1, 1], noise\n"
         "is [N, z_dim] from N(0, 1), and no input of a deterministic encoder. Each file is compared with the model in\n"
@@ -27,8 +27,6 @@ def add_parsers(commands: Commands) -> None:
 
 
 def _export_onnx(arguments: argparse.Namespace) -> int:
-    from bigbigan.onnx import export_onnx
-
     model = open_model(arguments, arguments.parts)
     reports = export_onnx(model, arguments.output)
     rows = [(str(r.path), _text(r.inputs), _text(r.outputs), f"{r.difference:.1e}") for r in reports]

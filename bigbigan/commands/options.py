@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from bigbigan.commands.verbs import ABOUT
 from bigbigan.outputs import PICTURE, Kind, OutputError, check_output, claim
 
 if TYPE_CHECKING:
@@ -21,11 +23,12 @@ help_formatter: Any = partial(argparse.RawDescriptionHelpFormatter, width=96, ma
 
 
 def add_command(
-    commands: Commands, name: str, run: Callable[[argparse.Namespace], int] | None, about: str, epilog: str
+    commands: Commands, name: str, run: Callable[[argparse.Namespace], int], about: str, epilog: str
 ) -> argparse.ArgumentParser:
-    """A verb; the first line of `about` is what the list of commands shows."""
+    """A verb or protocol; `about` is printed below its line in `ABOUT`."""
+    description = f"{ABOUT[name]}\n\n{about}".strip()
     parser: argparse.ArgumentParser = commands.add_parser(
-        name, help=about.partition("\n")[0], description=about, epilog=epilog, formatter_class=help_formatter
+        name, help=ABOUT[name], description=description, epilog=epilog, formatter_class=help_formatter
     )
     parser.set_defaults(run=run)
     return parser
@@ -141,6 +144,14 @@ def open_model(arguments: argparse.Namespace, parts: Sequence[str] | None, name:
     device = choose_device(arguments.device)
     options = {"revision": arguments.revision, "fuse": getattr(arguments, "fuse", False)}
     return factory.load(name or arguments.model, parts=parts, device=device, **options)
+
+
+class Renamed(argparse.Action):
+    """The earlier name of an option, which still works and warns; `const` is the name of today."""
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option: str | None = None) -> None:
+        print(f"{parser.prog}: {option} is now called {self.const}; please use that name", file=sys.stderr)
+        setattr(namespace, self.dest, values)
 
 
 def add_output(parser: Any, *flags: str, kind: Kind, **options: Any) -> None:

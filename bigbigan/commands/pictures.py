@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
 
 from bigbigan.commands.options import (
     Commands,
@@ -19,13 +21,11 @@ from bigbigan.commands.options import (
     open_model,
     positive,
 )
-from bigbigan.commands.sample_record import NAME, write_record
+from bigbigan.evaluation.sample_record import NAME, write_record
+from bigbigan.grids import CELL, enlargement, grid_layout, make_grid, make_pairs, match_size
+from bigbigan.images import asset_images, list_images, save_image
+from bigbigan.model import BigBiGAN
 from bigbigan.outputs import PICTURE, SAMPLES, check_output, claim, claim_pictures
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from bigbigan.model import BigBiGAN
 
 BATCH = 32
 
@@ -41,7 +41,6 @@ def _add_generate(commands: Commands) -> None:
         commands,
         "generate",
         _generate,
-        "draw images from random latents\n\n"
         "Writes one picture with all of them in a grid, or a folder of files 000000.png, 000001.png, …\n"
         "A folder that holds such files already is refused, unless --overwrite replaces all of them.\n"
         "Image i depends on the seed and i alone: a larger -n adds to the same images.",
@@ -83,7 +82,6 @@ def _add_reconstruct(commands: Commands) -> None:
         commands,
         "reconstruct",
         _reconstruct,
-        "encode images and draw them again\n\n"
         "Writes one picture: rows of originals, as the encoder sees them, each above the row of their\n"
         "reconstructions. Without IMAGE, the package's own model reconstructs test images that it has never seen.",
         "Example: bigbigan reconstruct -o demo.png\n"
@@ -105,7 +103,6 @@ def _add_interpolate(commands: Commands) -> None:
         commands,
         "interpolate",
         _interpolate,
-        "draw the way between two images through latent space\n\n"
         "Writes one row: image A, drawings of the latents from A's to B's, image B.",
         "Example: bigbigan interpolate a.png b.png -o strip.png --steps 10\n"
         "Exit codes: 0 done, 2 wrong usage, no such model or an unreadable image.",
@@ -148,9 +145,6 @@ def _generate(arguments: argparse.Namespace) -> int:
 
 def _draw(arguments: argparse.Namespace, output: Path, earlier: list[Path] | None) -> int:
     """Into a folder, in place of `earlier` pictures there; None: into one picture."""
-    from bigbigan.grids import enlargement, make_grid
-    from bigbigan.images import save_image
-
     model = open_model(arguments, ("generator",), arguments.name)
     _check_layout(arguments, model, arguments.number if earlier is None else 1, arguments.columns)
     drawn = []
@@ -173,17 +167,12 @@ def _draw(arguments: argparse.Namespace, output: Path, earlier: list[Path] | Non
         for index, image in enumerate(images, start):
             save_image(make_grid(image[None], scale=arguments.scale or 1), output / f"{index:06d}.png")
     if drawn:
-        import torch
-
         grid = make_grid(torch.cat(drawn), arguments.columns, scale=arguments.scale or enlargement(images))
         save_image(grid, output)
     return 0
 
 
 def _reconstruct(arguments: argparse.Namespace) -> int:
-    from bigbigan.grids import make_pairs
-    from bigbigan.images import asset_images, list_images, save_image
-
     if arguments.images:
         given = [Path(image) for image in arguments.images]
         files = [file for path in given for file in (list_images(path) if path.is_dir() else [path])]
@@ -203,11 +192,6 @@ def _reconstruct(arguments: argparse.Namespace) -> int:
 
 
 def _interpolate(arguments: argparse.Namespace) -> int:
-    import torch
-
-    from bigbigan.grids import enlargement, make_grid, match_size
-    from bigbigan.images import save_image
-
     images = [arguments.a, arguments.b]
     check_picture(arguments.output, images)
     model = open_model(arguments, ("generator", "encoder"))
@@ -225,8 +209,6 @@ def _interpolate(arguments: argparse.Namespace) -> int:
 
 def _check_layout(arguments: argparse.Namespace, model: BigBiGAN, number: int, columns: int | None) -> None:
     """Refuses a picture that would be too large before anything is drawn."""
-    from bigbigan.grids import CELL, grid_layout
-
     config = model.part("generator").config
     side = config.upsample_size if arguments.upsample else config.resolution
     grid_layout(number, (side, side), columns, scale=arguments.scale or max(1, CELL // side))
@@ -237,8 +219,6 @@ def slerp(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
 
     Shoemake 1985, "Animating rotation with quaternion curves", without normalising a and b.
     """
-    import torch
-
     angle = torch.cosine_similarity(a, b).clamp(-1, 1).acos()
     if angle.sin() < 1e-4:
         return torch.lerp(a, b, t)

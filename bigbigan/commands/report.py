@@ -11,6 +11,8 @@ from typing import Any
 from urllib.parse import unquote
 
 from bigbigan.commands.options import Commands, add_command, add_output
+from bigbigan.evaluation.plots import draw_group, draw_runs, read_run
+from bigbigan.evaluation.report import find_records, group_records, markdown_report, read_record
 from bigbigan.files import atomic_write, file_name
 from bigbigan.markdown import slug, table, target
 from bigbigan.outputs import PICTURE, PLOT, REPORT, claim
@@ -23,7 +25,6 @@ def add_parsers(commands: Commands) -> None:
         commands,
         "report",
         _report,
-        "put records of `evaluate` and training runs together in a Markdown document\n\n"
         "One table a protocol, its settings and data: figures on other data or of other settings never share one.\n"
         "With --output, plots stand beside the document as PNG: bars, lines where k or labels vary, and the curves\n"
         "of runs over images seen.",
@@ -45,9 +46,6 @@ def add_parsers(commands: Commands) -> None:
 
 
 def _report(arguments: argparse.Namespace) -> int:
-    from bigbigan.evaluation.plots import draw_group, draw_runs
-    from bigbigan.evaluation.report import group_records, markdown_report
-
     records, runs = _read(list(map(Path, arguments.inputs)))
     groups = group_records(records)
     lines = [f"# {arguments.title}", ""]
@@ -90,9 +88,6 @@ def _shown(document: str) -> set[str]:
 
 def _read(inputs: list[Path]) -> tuple[dict[str, dict[str, Any]], dict[str, list[dict[str, Any]]]]:
     """Records and runs by short names that tell them apart."""
-    from bigbigan.evaluation.plots import read_run
-    from bigbigan.evaluation.report import find_records, read_record
-
     runs = [path for path in inputs if (path / "metrics.jsonl").is_file()]
     files = [file for path in inputs if path not in runs for file in (find_records(path) if path.is_dir() else [path])]
     return (

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
 import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import reduce
+from itertools import zip_longest
+from operator import getitem
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from textwrap import wrap
+from typing import Any
 
+from torch import OutOfMemoryError
+from torch.distributed.elastic.multiprocessing.errors import record
+
+from bigbigan import factory
 from bigbigan.commands.options import (
     Commands,
     add_command,
@@ -20,9 +30,17 @@ from bigbigan.commands.options import (
     not_negative,
     set_threads,
 )
-
-if TYPE_CHECKING:
-    from bigbigan.training.config import TrainConfig
+from bigbigan.data.opening import open_training_data
+from bigbigan.modelfolder import read_config
+from bigbigan.presets import close_names, normalize
+from bigbigan.schema import ConfigError, from_dict, to_dict
+from bigbigan.training.config import TrainConfig
+from bigbigan.training.cost import estimate
+from bigbigan.training.distributed import PeerError
+from bigbigan.training.loop import TrainingStopped, train
+from bigbigan.training.recipes import RECIPES, sources
+from bigbigan.training.runfolder import find_snapshots, has_checkpoint, read_run_config
+from bigbigan.training.tensorboard import require_tensorboard
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +56,7 @@ def _add_recipes(commands: Commands) -> None:
         commands,
         "recipes",
         _recipes,
-        "list training recipes\n\nWith a name: that recipe as JSON, whose fields `train --set` takes.",
+        "With a name: that recipe as JSON, whose fields `train --set` takes.",
         "Example: bigbigan recipes bigbigan-resnet50 --sources\nExit codes: 0 done, 2 no such recipe.",
     )
     parser.add_argument("recipe", nargs="?", metavar="RECIPE", help="one of them")
@@ -52,7 +70,6 @@ def _add_train(commands: Commands) -> None:
         commands,
         "train",
         _train,
-        "train a model, or resume a run\n\n"
         "The run folder holds config.json (the whole configuration, as --dry-run prints it), metrics.jsonl,\n"
         "samples/ (pictures), snapshots/ (model folders) and checkpoints/. The same command resumes from the last\n"
         "checkpoint, bit for bit on a CPU; total_images, standing_passes, log_images, checkpoint_images,\n"
@@ -134,7 +151,6 @@ def _add_export(commands: Commands) -> None:
         commands,
         "export",
         _export,
-        "turn a snapshot of a run into a model folder\n\n"
         "Weights are the averaged ones, without spectral norm and with standing statistics, as `load` reads them.\n"
         "The folder says how they were trained, and is loaded and verified in the end.",
         "Example: bigbigan export runs/a -o my-model --license MIT --note data='Fashion-MNIST'\n"
@@ -161,9 +177,6 @@ def _add_export(commands: Commands) -> None:
 
 
 def _recipe(name: str) -> TrainConfig:
-    from bigbigan.presets import close_names, normalize
-    from bigbigan.training.recipes import RECIPES
-
     if normalize(name) in RECIPES:
         return RECIPES[normalize(name)]
     close = close_names(name, RECIPES)
@@ -172,14 +185,6 @@ def _recipe(name: str) -> TrainConfig:
 
 
 def _recipes(arguments: argparse.Namespace) -> int:
-    from functools import reduce
-    from itertools import zip_longest
-    from operator import getitem
-    from textwrap import wrap
-
-    from bigbigan.schema import to_dict
-    from bigbigan.training.recipes import RECIPES, sources
-
     if arguments.sources:
         if not arguments.recipe:
             raise ValueError("--sources needs the name of a recipe; `bigbigan recipes` lists them")
@@ -211,11 +216,6 @@ def apply_settings(config: TrainConfig, settings: list[str]) -> TrainConfig:
     Raises:
         ConfigError: a malformed setting, an unknown key (close ones are named), or a value that does not fit.
     """
-    import difflib
-
-    from bigbigan.schema import ConfigError, from_dict, to_dict
-    from bigbigan.training.config import TrainConfig
-
     data = to_dict(config)
     for setting in settings:
         key, value = _key_value(setting)
@@ -248,20 +248,6 @@ def _keys(data: dict[str, Any], prefix: str = "") -> list[str]:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    from dataclasses import replace
-
-    from torch import OutOfMemoryError
-    from torch.distributed.elastic.multiprocessing.errors import record
-
-    from bigbigan import factory
-    from bigbigan.data.opening import open_training_data
-    from bigbigan.schema import to_dict
-    from bigbigan.training.cost import estimate
-    from bigbigan.training.distributed import PeerError
-    from bigbigan.training.loop import TrainingStopped, train
-    from bigbigan.training.runfolder import has_checkpoint
-    from bigbigan.training.tensorboard import require_tensorboard
-
     recipe, init = _recipe(arguments.recipe), None
     if arguments.init:
         init = factory.load(arguments.init, parts=None)
@@ -318,8 +304,6 @@ def _train(arguments: argparse.Namespace) -> int:
 
 def _summary(config: TrainConfig, recipe: TrainConfig, folder: str | None) -> list[str]:
     """What a person checks before hours of training; `config.json` has the rest."""
-    from bigbigan.schema import to_dict
-
     networks = [config.model.generator, config.model.encoder]
     sides = ", ".join(f"{name} {part.resolution}" for name, part in zip("GE", networks, strict=True) if part)
     colour = {1: "grey", 3: "colour"}.get(config.model.image_channels, f"{config.model.image_channels} channels")
@@ -350,9 +334,6 @@ def find_snapshot(run: Path, which: str) -> Path:
     Raises:
         ValueError: there is none.
     """
-    from bigbigan.modelfolder import read_config
-    from bigbigan.training.runfolder import find_snapshots
-
     found = find_snapshots(run)
     if not found:
         raise ValueError(f"{run} has no snapshots yet: resume it with --max-minutes 1, which ends with one")
@@ -373,12 +354,6 @@ def find_snapshot(run: Path, which: str) -> Path:
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    from dataclasses import replace
-
-    from bigbigan import factory
-    from bigbigan.schema import to_dict
-    from bigbigan.training.runfolder import read_run_config
-
     run, output = Path(arguments.folder), Path(arguments.output)
     training = to_dict(read_run_config(run))
     del training["model"]  # the folder has it as its architecture

@@ -13,6 +13,13 @@ from bigbigan.evaluation.generation import (
 )
 from bigbigan.evaluation.knn import KNNResult, knn_accuracy, nearest
 from bigbigan.evaluation.linear_probe import LinearProbeResult, labelled_subset, linear_probe, logistic_path
+from bigbigan.evaluation.protocols.evaluation import Evaluation
+from bigbigan.evaluation.protocols.generation import evaluate_generation
+from bigbigan.evaluation.protocols.knn import evaluate_knn
+from bigbigan.evaluation.protocols.linear import evaluate_linear
+from bigbigan.evaluation.protocols.reconstruction import evaluate_reconstruction
+from bigbigan.evaluation.protocols.retrieval import evaluate_retrieval
+from bigbigan.evaluation.protocols.rotation import evaluate_rotation
 from bigbigan.evaluation.reconstruction import (
     Classifier,
     ReconstructionResult,
@@ -35,6 +42,7 @@ from bigbigan.evaluation.sgd_probe import PaperProbeResult, StackedClassifiers, 
 
 __all__ = [
     "Classifier",
+    "Evaluation",
     "FeatureNetwork",
     "FeatureStatistics",
     "ImageSource",
@@ -52,6 +60,12 @@ __all__ = [
     "collect_features",
     "compute_features",
     "encoder_network",
+    "evaluate_generation",
+    "evaluate_knn",
+    "evaluate_linear",
+    "evaluate_reconstruction",
+    "evaluate_retrieval",
+    "evaluate_rotation",
     "frechet_distance",
     "function_features",
     "huggingface_features",

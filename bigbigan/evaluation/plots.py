@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bigbigan.evaluation.report import PERCENT, SWEPT, Group
+from bigbigan.evaluation.report import Group
+from bigbigan.evaluation.tables import is_number
 from bigbigan.files import atomic_write
 from bigbigan.markdown import one_line
 from bigbigan.outputs import PLOT_MARK
@@ -24,32 +25,35 @@ PANELS = (
 
 
 def draw_group(group: Group, path: Path) -> bool:
-    """The main figure of each row: lines where some row is swept, else bars. Returns whether there was anything."""
-    figure = group.main_figure()
-    if figure is None:
+    """The figure that the records name: lines where an x varies, else bars. Returns whether there was anything."""
+    table = group.table
+    columns = {column["key"]: column for column in table["columns"]}
+    plot = table["plot"]
+    if plot is None or plot["y"] not in columns:
         return False
+    y = columns[plot["y"]]
 
     def labelled(swept: str) -> list[tuple[str, dict[str, Any]]]:
-        named = zip(_short_labels(group.labels(swept)), group.rows, strict=True)
-        return [(label, row) for label, (_, row) in named if row.get(figure) is not None]
+        named = zip(_short_labels(group.labels(plot["series"], swept)), group.rows, strict=True)
+        return [(label, row) for label, (_, row) in named if is_number(row.get(y["key"]))]
 
     def varies(key: str) -> bool:
-        values = {(label, row[key]) for label, row in labelled(key) if row.get(key) is not None}
+        values = {(label, row[key]) for label, row in labelled(key) if is_number(row.get(key))}
         return len(values) > len({label for label, _ in values})
 
-    swept = next(filter(varies, SWEPT), "")
+    swept = next(filter(varies, plot["x"]), "")
     rows = labelled(swept)
     if not rows:
         return False
-    scale = 100 if figure in PERCENT else 1
-    title = plain(PERCENT.get(figure, figure if " " in figure else figure.replace("_", " ")))
+    scale, title = 100 if y["format"] == "percent" else 1, plain(y["label"])
     if swept:
         series: dict[str, list[tuple[float | None, float]]] = {}
         for label, row in rows:
-            series.setdefault(label, []).append((row.get(swept), scale * row[figure]))
-        _draw_lines(path, title, swept.replace("_", " "), series)
+            x = row.get(swept)
+            series.setdefault(label, []).append((x if is_number(x) else None, scale * row[y["key"]]))
+        _draw_lines(path, title, plain(swept.replace("_", " ")), series)
         return True
-    _draw_bars(path, title, [label for label, _ in rows], [scale * row[figure] for _, row in rows])
+    _draw_bars(path, title, [label for label, _ in rows], [scale * row[y["key"]] for _, row in rows])
     return True
 
 

@@ -12,23 +12,14 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bigbigan.evaluation.tables import Table, cell, describe, is_table
 from bigbigan.files import file_name
 from bigbigan.markdown import code, escape, slug, table, target
 
 if TYPE_CHECKING:
+    from bigbigan.data.dataset import ImageDataset
     from bigbigan.model import BigBiGAN
 
-# Fractions of 1, shown as percentages, and what they are called there. What is first is what plots show.
-PERCENT = {
-    "accuracy": "Top-1 %",
-    "top5": "Top-5 %",
-    "label_agreement": "Label agreement %",
-    "classifier_agreement": "Classifier agreement %",
-    "classifier_accuracy": "Classifier accuracy %",
-    "precision": "Precision %",
-}
-STD = ", std"  # ends the name of a figure's deviation
-SWEPT = ("k", "labels_per_class", "labels", "fraction", "images_seen")  # what varies from row to row, along an axis
 # Versions of those in use, beside torch's and Python's.
 PACKAGES = ("numpy", "PIL", "sklearn", "torchmetrics", "torch_fidelity", "timm", "transformers", "pyarrow")
 
@@ -38,15 +29,15 @@ def make_record(
     protocol: Mapping[str, Any],
     *,
     results: Sequence[Mapping[str, Any]],
-    data: Mapping[str, Mapping[str, Any]],
+    data: Mapping[str, Mapping[str, Any] | ImageDataset],
 ) -> dict[str, Any]:
-    """What was measured, how, on what, JSON-able.
+    """What was measured, how, on what, JSON-able; "table" describes the columns and the plot (`tables`).
 
     Args:
         model: None for features, samples or reconstructions that came as files.
         protocol: its "name", and every setting that makes figures comparable only if it is the same.
         results: a row each. Texts say what was measured; numbers are figures, or say how many.
-        data: "digest" and number of "images" of each set, by its role.
+        data: each set by its role: a data set, or its "digest" and number of "images".
     """
     import torch
 
@@ -67,11 +58,17 @@ def make_record(
     return {
         "protocol": dict(protocol),
         "model": facts,
-        "data": {name: dict(part) for name, part in data.items()},
+        "data": {role: dict(part) if isinstance(part, Mapping) else data_facts(part) for role, part in data.items()},
         "results": rows,
+        "table": describe(protocol, rows),
         "versions": versions,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def data_facts(dataset: ImageDataset) -> dict[str, Any]:
+    """What a record says of a data set."""
+    return {"digest": dataset.digest, "images": len(dataset), "unreadable": len(dataset.bad)}
 
 
 def images_seen(model: BigBiGAN) -> int | None:
@@ -116,6 +113,8 @@ def read_record(path: Path) -> dict[str, Any]:
             wrong = ["results"]
         elif not all(isinstance(part, dict) for part in record["data"].values()):
             wrong = ["data"]
+        elif not is_table(record.setdefault("table", describe(record["protocol"], rows))):  # older records lack it
+            wrong = ["table"]
     if wrong:
         raise ValueError(f"{path} is no record of `bigbigan evaluate`: {', '.join(wrong)} missing or of another kind")
     return record
@@ -150,27 +149,20 @@ class Group:
     def name(self) -> str:
         return self.protocol["name"]
 
-    def columns(self) -> tuple[list[str], list[str]]:
-        """Names of texts, which say what a row is, and of numbers, in the order of their first appearance."""
-        keys = dict.fromkeys(key for _, row in self.rows for key in row)
-        values = {key: [row[key] for _, row in self.rows if row.get(key) is not None] for key in keys}
-        numbers = [key for key, found in values.items() if found and all(map(_is_number, found))]
-        texts = [key for key, found in values.items() if found and all(isinstance(value, str) for value in found)]
-        return [key for key in texts if not key.endswith("_digest")], numbers
+    @property
+    def table(self) -> Table:
+        """All columns that a record has, and the plot of the first that has one."""
+        tables = [r.get("table") or describe(r["protocol"], r["results"]) for r in self.records.values()]
+        columns = {column["key"]: column for table in tables for column in table["columns"]}
+        return {"columns": list(columns.values()), "plot": next((t["plot"] for t in tables if t["plot"]), None)}
 
-    def labels(self, swept: str = "") -> list[list[str]]:
-        """Of each row the texts, and the record's name if there are several that are no snapshots of one run."""
-        texts, _ = self.columns()
-        labels = [[str(row.get(key) or "-") for key in texts] for _, row in self.rows]
+    def labels(self, keys: Sequence[str], swept: str = "") -> list[list[str]]:
+        """The cells of `keys`, and the record's name if there are several; snapshots of one run are one series."""
+        columns = {column["key"]: column for column in self.table["columns"]}
+        labels = [[cell(columns[key], row) for key in keys if key in columns] for _, row in self.rows]
         if len(self.records) > 1 and swept != "images_seen":
             labels = [[*label, name] for label, (name, _) in zip(labels, self.rows, strict=True)]
         return labels
-
-    def main_figure(self) -> str | None:
-        """What a plot shows: the first accuracy or agreement, else the first score that is no setting or count."""
-        numbers = [key for key in self.columns()[1] if key not in SWEPT]
-        scores = [key for key in numbers if any(isinstance(row.get(key), float) for _, row in self.rows)]
-        return next((key for key in PERCENT if key in numbers), scores[0] if scores else None)
 
 
 def group_records(records: Mapping[str, dict[str, Any]]) -> list[Group]:
@@ -209,34 +201,20 @@ def markdown_report(groups: Sequence[Group], pictures: Mapping[int, str]) -> Ite
 
 
 def group_table(group: Group) -> tuple[list[str], list[list[str]]]:
-    """Header and cells; None is "-", and a figure's deviation ("FID, std") stands beside it."""
-    texts, numbers = group.columns()
-    figures = [key for key in numbers if key.removesuffix(STD) == key or key.removesuffix(STD) not in numbers]
-    several = ["Record"] if len(group.records) > 1 else []
-    header = [*map(_title, texts), *several, *(PERCENT.get(key, _title(key)) for key in figures)]
-    cells = [
-        [*label, *(_number(key, row.get(key), row.get(key + STD)) for key in figures)]
-        for label, (_, row) in zip(group.labels(), group.rows, strict=True)
+    """Header and cells: texts, the record's name if there are several, then figures."""
+    columns = group.table["columns"]
+    texts = {column["key"]: column["label"] for column in columns if column["format"] == "text"}
+    figures = [
+        column
+        for column in columns
+        if column["format"] != "text" and any(row.get(column["key"]) is not None for _, row in group.rows)
     ]
-    return header, cells
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _title(key: str) -> str:
-    return key if " " in key else (key[:1].upper() + key[1:]).replace("_", " ")  # "FID (NAME)" is a title already
-
-
-def _number(key: str, value: Any, deviation: Any = None) -> str:
-    if value is None:
-        return "-"
-    if deviation is not None:
-        return f"{_number(key, value)} ± {_number(key, deviation)}"
-    if key in PERCENT:
-        return f"{100 * value:.2f}"
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+    several = ["Record"] if len(group.records) > 1 else []
+    cells = [
+        [*label, *(cell(column, row) for column in figures)]
+        for label, (_, row) in zip(group.labels(list(texts)), group.rows, strict=True)
+    ]
+    return [*texts.values(), *several, *(column["label"] for column in figures)], cells
 
 
 def _text(value: Any) -> str:

@@ -15,6 +15,7 @@ from torch import nn
 from bigbigan._version import __version__
 from bigbigan.config import ModelInfo
 from bigbigan.data.batches import Batches, Images
+from bigbigan.data.latents import draw_latents
 from bigbigan.schema import ConfigError
 from bigbigan.training.checkpoint import (
     CheckpointError,
@@ -27,7 +28,6 @@ from bigbigan.training.config import TrainConfig
 from bigbigan.training.diffaugment import NUM_DIFF_DRAWS
 from bigbigan.training.distributed import Processes
 from bigbigan.training.export import inference_model
-from bigbigan.training.latents import draw_latents
 from bigbigan.training.monitor import Monitor
 from bigbigan.training.runfolder import check_same_run, keep_snapshot, snapshot_name
 from bigbigan.training.signals import Interrupted, Signals

@@ -129,7 +129,7 @@ def writers(inputs: Path) -> dict[str, Writer]:
         "statistics": Writer(
             "a.npz",
             seeds(
-                *("evaluate", "generation", "--data", data, "-n", "20", "--splits", "1", "--kid-subsets", "0"),
+                *("evaluate", "generation", "--data", data, "-n", "20", "--score-splits", "1", "--kid-subsets", "0"),
                 *("--network", f"model:{tiny}", "--save-statistics", "a.npz", *model, *quiet),
             ),
             _statistics,

@@ -5,20 +5,18 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from torch import Tensor
+import torch
+from torch import Tensor
 
-    from bigbigan.data.dataset import ImageDataset
+from bigbigan.data.dataset import ImageDataset
+from bigbigan.files import file_name
 
 logger = logging.getLogger(__name__)
 
 
 def row_names(dataset: ImageDataset) -> list[str]:
     """What each image is called: its path in the folder of its split, or for rows without names 000000, 000001, …"""
-    from bigbigan.files import file_name
-
     if dataset.root is None:
         return [f"{index:06d}" for index in range(len(dataset))]
     paths = (Path(dataset.name(index)) for index in range(len(dataset)))
@@ -38,8 +36,6 @@ def row_order(dataset: ImageDataset, names: Sequence[str] | None, where: str) ->
     Raises:
         ValueError: names that repeat, or that are others than those of the images.
     """
-    import torch
-
     if names is None:
         return None
     place = {name: number for number, name in enumerate(names)}
@@ -70,8 +66,6 @@ def _spellings(dataset: ImageDataset, own: list[str], names: Sequence[str]) -> I
     """What the images may be called in a file, as a list of all."""
     yield own
     if dataset.root is not None:
-        from bigbigan.files import file_name
-
         parts = Path(file_name(dataset.root.absolute())).parts
         for start in range(len(parts) - 1, -1, -1):
             prefix = PurePosixPath(*parts[start:]).as_posix()

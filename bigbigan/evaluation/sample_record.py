@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from bigbigan.config import PreprocessConfig
+from bigbigan.files import atomic_write
+from bigbigan.model import BigBiGAN
 from bigbigan.outputs import SAMPLES, check_output
-
-if TYPE_CHECKING:
-    from bigbigan.config import PreprocessConfig
-    from bigbigan.model import BigBiGAN
+from bigbigan.schema import from_dict, to_dict
 
 NAME = ".bigbigan-samples.json"  # hidden: it is no picture
 FORMAT = "bigbigan-samples/1"
@@ -24,9 +23,6 @@ def write_record(folder: Path, model: BigBiGAN) -> None:
     Raises:
         OutputError: another file has that name.
     """
-    from bigbigan.files import atomic_write
-    from bigbigan.schema import to_dict
-
     check_output(folder / NAME, SAMPLES)
     document = {"format": FORMAT, "model": model.info.name, "preprocess": to_dict(model.config.preprocess)}
     with atomic_write(folder / NAME) as temporary:
@@ -41,9 +37,6 @@ def preprocessing_of(samples: str, side: int) -> tuple[PreprocessConfig, str]:
     Raises:
         ValueError: a record that is damaged.
     """
-    from bigbigan.config import PreprocessConfig
-    from bigbigan.schema import from_dict
-
     path = Path(samples) / NAME
     if path.is_file():
         try:

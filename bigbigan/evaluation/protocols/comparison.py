@@ -1,98 +1,70 @@
-"""What `evaluate linear` and `knn` measure: labelled splits, and the features of every representation on them."""
+"""What the probes measure: labelled splits, and the features of every representation that is compared on them."""
 
 from __future__ import annotations
 
-import argparse
+import copy
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from bigbigan.commands.options import choose_device, names, positive
-from bigbigan.commands.records import check_classes
+import torch
+from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from bigbigan.config import PreprocessConfig
-    from bigbigan.data.dataset import ImageDataset
-    from bigbigan.evaluation.representations import Representation
-    from bigbigan.evaluation.rows import Rows
-    from bigbigan.model import BigBiGAN
+from bigbigan import factory
+from bigbigan.config import MLPEncoderConfig, PreprocessConfig
+from bigbigan.data.batches import Images
+from bigbigan.data.dataset import ImageDataset
+from bigbigan.data.opening import open_dataset
+from bigbigan.data.workers import default_workers
+from bigbigan.evaluation.adapters import huggingface_features, timm_features
+from bigbigan.evaluation.cache import compute_features
+from bigbigan.evaluation.feature_files import feature_names, file_digest, read_features
+from bigbigan.evaluation.linear_probe import check_width
+from bigbigan.evaluation.pairing import row_order
+from bigbigan.evaluation.protocols.evaluation import Data, Evaluation, tabulated
+from bigbigan.evaluation.reconstruction import classifier_accuracy, train_classifier
+from bigbigan.evaluation.report import images_seen
+from bigbigan.evaluation.representations import (
+    Representation,
+    check_components,
+    model_features,
+    module_features,
+    pixels,
+    principal_components,
+)
+from bigbigan.evaluation.rows import Rows, fit_bn_crelu, mapped, select
+from bigbigan.evaluation.standing import standing_statistics
+from bigbigan.layers import Initializer
+from bigbigan.model import BigBiGAN
+from bigbigan.schema import to_dict
 
 STANDING_PASSES, STANDING_BATCH = 100, 64  # as in the training recipes
 MAX_DECODED = 1 << 30  # bytes of a split's decoded images that are kept; larger ones are decoded again when asked for
 
-COMPARE = """\
-SPEC of --compare, each a row (or several) of the same table:
-  pixels, pca:64       the model's input, and its 64 principal components over the training split
-  untrained            the model's architecture before training, with initial and with estimated statistics
-  supervised[:EPOCHS]  a small network trained on all training labels, whatever --labels says: its last hidden
-                       layer, and its own accuracy
-  timm:NAME            a pretrained encoder of timm
-  hf:ORG/NAME[@REV]    one of transformers: pooled output; with :cls the first token, with :mean that of all
-  file:TRAIN,TEST      features in .npz, .npy, .safetensors or .parquet, one row per image: matched by name
-                       where the file names its rows, as `encode` does, else in the order of the images
-  NAME                 another model of this package: a name, a model folder, or org/name[@REV]
-Each encoder gets the images under its own preprocessing.
-"""
-
+LabelledData = str | Path | tuple[ImageDataset, ImageDataset]
 Spec = tuple[str, str]
 
 
-def spec(text: str) -> Spec:
-    """Kind and argument of a SPEC."""
+def parse_spec(text: str) -> Spec:
+    """Kind and argument of a text of `compare`, such as "pca:64".
+
+    Raises:
+        ValueError: a malformed one.
+    """
     kind, _, rest = text.partition(":")
     if text in ("pixels", "untrained", "supervised"):
         return text, ""
     if kind in ("pca", "supervised"):
         if not rest.isdecimal() or int(rest) < 1:
-            raise argparse.ArgumentTypeError(f"{text!r}: give a number, as {kind}:{8 if kind == 'supervised' else 64}")
+            raise ValueError(f"{text!r}: give a number, as {kind}:{8 if kind == 'supervised' else 64}")
         return kind, rest
     if kind in ("timm", "hf", "file"):
         if not rest or (kind == "file" and len(rest.split(",")) != 2):
-            raise argparse.ArgumentTypeError(f"{text!r}: give timm:NAME, hf:ORG/NAME or file:TRAIN,TEST")
+            raise ValueError(f"{text!r}: give timm:NAME, hf:ORG/NAME or file:TRAIN,TEST")
         return kind, rest
     return "model", text
-
-
-spec.__name__ = "SPEC"
-
-
-def add_feature_options(parser: argparse.ArgumentParser, default: str) -> None:
-    parser.add_argument(
-        "--features",
-        type=names,
-        default=default,
-        metavar="LIST",
-        help="encoder outputs, with commas between, or z_logit: z_mean before it was mapped into (-1, 1), where it is "
-        "(default: %(default)s)",
-    )
-    parser.add_argument(
-        "--compare", type=spec, action="append", default=[], metavar="SPEC", help="also measure this; repeatable"
-    )
-    parser.add_argument("--baselines", action="store_true", help="--compare untrained --compare pixels")
-    parser.add_argument(
-        "--crelu",
-        action="store_true",
-        help="features also as BN+CReLU, normalised over this training split; of models avepool_feat, whose own "
-        "bn_crelu_feat is normalised over what they were trained on",
-    )
-    add_cache_option(parser)
-    parser.add_argument(
-        "--batch-size", type=positive, default=256, metavar="N", help="encoded at a time (default: 256)"
-    )
-
-
-def add_cache_option(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--feature-cache",
-        metavar="FOLDER",
-        help="keep features there, to compute them once, and read them piece by piece, for sets larger than the "
-        "memory (but logistic regression, which reads them whole). Folders are known by names, sizes and times of "
-        "their files (default: in memory, since features may be larger than a home folder should become)",
-    )
 
 
 class SplitImages:
@@ -126,21 +98,26 @@ class SplitImages:
 
 
 class Splits:
-    """The labelled training and test split.
+    """The labelled training and test split: of the data at a path, or a pair of opened data sets.
 
     Raises:
-        ValueError: no such split, images without label, one class alone, or test classes that training lacks.
+        ValueError: no such split, images without label, a single class, or test classes that training lacks.
     """
 
-    def __init__(self, arguments: argparse.Namespace) -> None:
-        from bigbigan.data.workers import default_workers
-
-        self.train = _open_labelled(arguments.data, arguments.train_split)
-        self.test = _open_labelled(arguments.data, arguments.test_split)
-        check_classes(self.train.labels, arguments.data, arguments.train_split)
+    def __init__(
+        self, data: LabelledData, train_split: str, test_split: str, *, batch_size: int, workers: int | None
+    ) -> None:
+        where = "the data" if isinstance(data, tuple) else str(data)
+        self.train = _labelled(data[0] if isinstance(data, tuple) else data, train_split)
+        self.test = _labelled(data[1] if isinstance(data, tuple) else data, test_split)
+        if len(self.train.labels.unique()) < 2:
+            raise ValueError(
+                f"{where}: all {len(self.train)} images of {train_split} have the one label "
+                f"{int(self.train.labels[0])}; give images of two classes or more"
+            )
         if self.train.digest == self.test.digest:
             raise ValueError(
-                f"{arguments.data}: {arguments.train_split} and {arguments.test_split} are the same images; name two "
+                f"{where}: {train_split} and {test_split} are the same images; name two "
                 "parts of them, as --train-split 'train[:50000]' --test-split 'train[50000:]'"
             )
         align_classes(self.test, self.train)
@@ -148,17 +125,12 @@ class Splits:
         if unseen := sorted(set(self.test.labels.tolist()) - known):
             names = dict(enumerate(self.test.class_names))
             raise ValueError(
-                f"{arguments.data}: {arguments.test_split} has labels that {arguments.train_split} lacks: "
+                f"{where}: {test_split} has labels that {train_split} lacks: "
                 f"{[names.get(label, label) for label in unseen[:10]]}; choose other splits, or leave these images out"
             )
-        self._size, self._workers = arguments.batch_size, arguments.workers or default_workers()
+        self._size, self._workers = batch_size, workers or default_workers()
         # A few: baselines share the model's preprocessing, but no sum of all decoded images should fill the memory.
         self.images = functools.lru_cache(maxsize=4)(self._images)
-
-    @property
-    def files(self) -> list[Path]:
-        """Those that hold an image each."""
-        return [source for part in (self.train, self.test) for source in part.sources if isinstance(source, Path)]
 
     def _images(self, part: str, config: PreprocessConfig, channels: int) -> SplitImages:
         return SplitImages(getattr(self, part), config, channels, self._size, self._workers)
@@ -173,8 +145,6 @@ def align_classes(dataset: ImageDataset, other: ImageDataset) -> None:
     kinds = {dataset.naming, other.naming}
     if dataset.class_names == other.class_names or ("numbers" in kinds and "own" not in kinds):
         return
-    import torch
-
     if "numbers" in kinds and not set(dataset.class_names) & set(other.class_names):
         raise ValueError(
             f"classes are {', '.join(other.class_names[:3])} in one split and {', '.join(dataset.class_names[:3])} in "
@@ -189,17 +159,37 @@ def align_classes(dataset: ImageDataset, other: ImageDataset) -> None:
     dataset.class_names = names
 
 
-def _open_labelled(path: str, split: str) -> ImageDataset:
-    from bigbigan.data.opening import open_dataset
-
-    dataset = open_dataset(path, split=split)
+def _labelled(data: Data, split: str) -> ImageDataset:
+    """A data set by its path, or a copy of an opened one, whose labels may be numbered anew."""
+    if isinstance(data, ImageDataset):
+        dataset, where = copy.copy(data), "the data"
+        dataset.labels = data.labels.clone()
+    else:
+        dataset, where = open_dataset(data, split=split), str(data)
     unlabelled = (dataset.labels < 0).nonzero().flatten().tolist()
     if unlabelled:
         raise ValueError(
-            f"{path}: {len(unlabelled)} of {len(dataset)} images of {split} have no label, the first is "
+            f"{where}: {len(unlabelled)} of {len(dataset)} images of {split} have no label, the first is "
             f"{dataset.name(unlabelled[0])}; give images in a folder a class, or rows with labels from 0"
         )
     return dataset
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How features are computed and what is compared; see `evaluate_linear`."""
+
+    features: Sequence[str]
+    compare: Sequence[str]
+    crelu: bool
+    cache: str | Path | None
+    batch_size: int
+    workers: int | None
+    device: str | torch.device
+    seed: int
+    progress: bool
+    augmented: bool = False  # the probe needs images, not features alone
+    whole: bool = False  # the probe reads all features into memory
 
 
 @dataclass
@@ -222,24 +212,20 @@ class Measured:
         return found | {name: function(found[output]) for name, (output, function) in self.derived.items()}
 
 
-def measured(arguments: argparse.Namespace, model: BigBiGAN, splits: Splits) -> Iterator[Measured]:
-    """The model's features, then those of each --compare. All are opened before the first is computed."""
-    from bigbigan.evaluation.representations import model_features
-
-    specs: list[Spec] = [*arguments.compare, *([("untrained", ""), ("pixels", "")] if arguments.baselines else [])]
-    own = model_features(model, arguments.features, batch_size=arguments.batch_size)
-    opened = [_open(kind, rest, arguments, model, splits) for kind, rest in dict.fromkeys(specs)]
-    first = _computed(own, arguments, splits)
-    yield _with_crelu(first, "model") if arguments.crelu else first
-    for (kind, _), rows in zip(dict.fromkeys(specs), opened, strict=True):
+def measured(settings: Settings, model: BigBiGAN, splits: Splits) -> Iterator[Measured]:
+    """The model's features, then those of each comparison. All are opened before the first is computed."""
+    specs = dict.fromkeys(map(parse_spec, settings.compare))
+    own = model_features(model, settings.features, batch_size=settings.batch_size)
+    opened = [_open(kind, rest, settings, model, splits) for kind, rest in specs]
+    first = _computed(own, settings, splits)
+    yield _with_crelu(first, "model") if settings.crelu else first
+    for (kind, _), rows in zip(specs, opened, strict=True):
         for found in rows():
-            yield _with_crelu(found, kind) if arguments.crelu else found
+            yield _with_crelu(found, kind) if settings.crelu else found
 
 
 def _with_crelu(found: Measured, kind: str) -> Measured:
     """Of a model only avepool_feat has it: bn_crelu_feat is that already, by statistics of what it was trained on."""
-    from bigbigan.evaluation.rows import fit_bn_crelu, mapped
-
     model = kind in ("model", "untrained")
     for output in [name for name in found.train if not model or name == "avepool_feat"]:
         function, name = fit_bn_crelu(found.train[output]), f"{output}, BN+CReLU"
@@ -250,16 +236,14 @@ def _with_crelu(found: Measured, kind: str) -> Measured:
 
 
 def _computed(
-    representation: Representation, arguments: argparse.Namespace, splits: Splits, own_accuracy: float | None = None
+    representation: Representation, settings: Settings, splits: Splits, own_accuracy: float | None = None
 ) -> Measured:
-    from bigbigan.evaluation.cache import compute_features
-
     train, test = (
         compute_features(
             representation,
             splits.images(part, representation.preprocess, representation.channels),
-            cache=arguments.feature_cache,
-            progress=not arguments.quiet,
+            cache=settings.cache,
+            progress=settings.progress,
         )
         for part in ("train", "test")
     )
@@ -267,20 +251,14 @@ def _computed(
 
 
 def _open(
-    kind: str, rest: str, arguments: argparse.Namespace, model: BigBiGAN, splits: Splits
+    kind: str, rest: str, settings: Settings, model: BigBiGAN, splits: Splits
 ) -> Callable[[], Iterator[Measured]]:
-    """What computes the rows of a SPEC, once everything that it names is found."""
-    from bigbigan import factory
-    from bigbigan.evaluation.adapters import huggingface_features, timm_features
-    from bigbigan.evaluation.linear_probe import check_width
-    from bigbigan.evaluation.report import images_seen
-    from bigbigan.evaluation.representations import check_components, model_features, pixels
-
+    """What computes the features of a comparison, once everything that it names is found."""
     config, channels = model.config.preprocess, model.config.image_channels
     if kind == "file":
-        if getattr(arguments, "probe", None) == "paper" and arguments.augment != "none":
+        if settings.augmented:
             raise ValueError(f"file:{rest} has features only, and no images to augment; add --augment none")
-        found = _files(rest, arguments, splits)
+        found = _files(rest, settings, splits)
         return lambda: iter([found])
     if kind == "pca":
         check_components(int(rest), len(splits.train), channels * config.resolution**2)
@@ -289,10 +267,10 @@ def _open(
             dataset.check_decoded_bytes(config, channels)
     if kind in ("untrained", "pca", "supervised"):
         make = {"untrained": _untrained, "pca": _pca, "supervised": _supervised}[kind]
-        return lambda: make(rest, arguments, model, splits)
-    device, facts = choose_device(arguments.device), dict[str, Any]()
+        return lambda: make(rest, settings, model, splits)
+    device, facts = settings.device, dict[str, Any]()
     if kind == "pixels":
-        if getattr(arguments, "probe", None) == "logistic":  # else hours might be lost before it is noticed
+        if settings.whole:  # before the features are computed, not hours later
             check_width(len(splits.train), channels * config.resolution**2)
         representation = pixels(config, channels)
     elif kind == "timm":
@@ -305,25 +283,21 @@ def _open(
         )
     else:
         other = factory.load(rest, parts=("encoder",), device=device)
-        representation = model_features(other, arguments.features, name=rest, batch_size=arguments.batch_size)
+        representation = model_features(other, settings.features, name=rest, batch_size=settings.batch_size)
         facts = {"images_seen": seen} if (seen := images_seen(other)) else {}
-    return lambda: iter([replace(_computed(representation, arguments, splits), facts=facts)])
+    return lambda: iter([replace(_computed(representation, settings, splits), facts=facts)])
 
 
-def _files(rest: str, arguments: argparse.Namespace, splits: Splits) -> Measured:
-    from bigbigan.commands.pairing import row_order
-    from bigbigan.evaluation.feature_files import feature_names, file_digest, read_features
-    from bigbigan.evaluation.rows import select
-
+def _files(rest: str, settings: Settings, splits: Splits) -> Measured:
     paths = rest.split(",")
 
     def read(path: str, part: ImageDataset) -> dict[str, Rows]:
-        features = read_features(path, rows=len(part), prefer=arguments.features)
+        features = read_features(path, rows=len(part), prefer=settings.features)
         order = row_order(part, feature_names(path), path)
         return features if order is None else {name: select(rows, order) for name, rows in features.items()}
 
     train, test = (read(path, part) for path, part in zip(paths, (splits.train, splits.test), strict=True))
-    wanted = [name for name in arguments.features if name in train] or list(train)
+    wanted = [name for name in settings.features if name in train] or list(train)
     for name in wanted:
         if name not in test or test[name].shape[1] != train[name].shape[1]:
             there = f"{test[name].shape[1]} wide" if name in test else "absent"
@@ -337,17 +311,10 @@ def _files(rest: str, arguments: argparse.Namespace, splits: Splits) -> Measured
     )
 
 
-def _untrained(_: str, arguments: argparse.Namespace, model: BigBiGAN, splits: Splits) -> Iterator[Measured]:
-    from bigbigan import create_model
-    from bigbigan.config import MLPEncoderConfig
-    from bigbigan.data.batches import Images
-    from bigbigan.evaluation.representations import model_features
-    from bigbigan.layers import Initializer
-    from bigbigan.training.export import standing_statistics
-
+def _untrained(_: str, settings: Settings, model: BigBiGAN, splits: Splits) -> Iterator[Measured]:
     mlp = isinstance(model.config.encoder, MLPEncoderConfig)  # BiGAN on MNIST begins as its authors' does
     initializer: Initializer = "normal" if mlp else "orthogonal"
-    untrained = create_model(model.config, parts=("encoder",), seed=arguments.seed, initializer=initializer)
+    untrained = factory.create_model(model.config, parts=("encoder",), seed=settings.seed, initializer=initializer)
     for statistics in ("initial", "estimated"):
         if statistics == "estimated":
             config, channels = model.config.preprocess, model.config.image_channels
@@ -356,33 +323,26 @@ def _untrained(_: str, arguments: argparse.Namespace, model: BigBiGAN, splits: S
                 untrained.cpu(),
                 images.decoded
                 if images.small
-                else Images(splits.train, config, channels, in_memory=False, workers=arguments.workers),
+                else Images(splits.train, config, channels, in_memory=False, workers=settings.workers),
                 STANDING_PASSES,
                 STANDING_BATCH,
             )
         name = f"untrained encoder, {statistics} statistics"
-        options = {"name": name, "batch_size": arguments.batch_size}
-        yield _computed(model_features(untrained.to(model.device), arguments.features, **options), arguments, splits)
+        options: dict[str, Any] = {"name": name, "batch_size": settings.batch_size}
+        yield _computed(model_features(untrained.to(model.device), settings.features, **options), settings, splits)
 
 
-def _pca(components: str, arguments: argparse.Namespace, model: BigBiGAN, splits: Splits) -> Iterator[Measured]:
-    from bigbigan.evaluation.representations import principal_components
-
+def _pca(components: str, settings: Settings, model: BigBiGAN, splits: Splits) -> Iterator[Measured]:
     config, channels = model.config.preprocess, model.config.image_channels
     images = splits.images("train", config, channels)
     yield _computed(
         principal_components(images.batches(0), int(components), config, channels, data_digest=images.digest),
-        arguments,
+        settings,
         splits,
     )
 
 
-def _supervised(epochs: str, arguments: argparse.Namespace, model: BigBiGAN, splits: Splits) -> Iterator[Measured]:
-    from torch import nn
-
-    from bigbigan.evaluation.reconstruction import classifier_accuracy, train_classifier
-    from bigbigan.evaluation.representations import module_features
-
+def _supervised(epochs: str, settings: Settings, model: BigBiGAN, splits: Splits) -> Iterator[Measured]:
     config, channels = model.config.preprocess, model.config.image_channels
     train, test = (splits.images(part, config, channels).decoded for part in ("train", "test"))
     number = int(epochs or 8)
@@ -391,12 +351,40 @@ def _supervised(epochs: str, arguments: argparse.Namespace, model: BigBiGAN, spl
         splits.train.labels,
         num_classes=int(splits.train.labels.max()) + 1,
         epochs=number,
-        seed=arguments.seed,
-        progress=not arguments.quiet,
+        seed=settings.seed,
+        progress=settings.progress,
     )
     trunk = nn.Sequential(*list(classifier)[:-1])
     half = (0.5,) * channels
     features = module_features(
         trunk, config, mean=half, std=half, name=f"supervised network, {number} epochs", output="last hidden layer"
     )
-    yield _computed(features, arguments, splits, classifier_accuracy(classifier, test, splits.test.labels))
+    yield _computed(features, settings, splits, classifier_accuracy(classifier, test, splits.test.labels))
+
+
+def own_accuracy(one: Measured, **more: Any) -> list[dict[str, Any]]:
+    """The row of a network that has a classifier of its own."""
+    if one.own_accuracy is None:
+        return []
+    width = next(iter(one.train.values())).shape[1]
+    what = {"representation": one.name, "feature": "its own classifier", "num_features": width}
+    return [{**what, **more, "accuracy": one.own_accuracy}]
+
+
+def summary(
+    model: BigBiGAN,
+    protocol: Mapping[str, Any],
+    splits: Splits,
+    results: Sequence[Mapping[str, Any]],
+    found: Sequence[Measured],
+) -> Evaluation:
+    """The `Evaluation` of a probe, whose record also has digest and preprocessing of each representation."""
+    evaluation = tabulated(model, protocol, results, {"train": splits.train, "test": splits.test})
+    evaluation.record["representations"] = {  # not in the protocol, which decides what records may be compared
+        one.name: {
+            "digest": one.digest,
+            "preprocess": None if one.representation is None else to_dict(one.representation.preprocess),
+        }
+        for one in found
+    }
+    return evaluation

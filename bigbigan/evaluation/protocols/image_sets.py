@@ -8,17 +8,23 @@ import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    import argparse
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d
 
-    import numpy as np
-    from torch import Tensor
-
-    from bigbigan.config import PreprocessConfig
-    from bigbigan.data.dataset import ImageDataset
-    from bigbigan.model import BigBiGAN
+from bigbigan.arrays import seeded
+from bigbigan.config import PreprocessConfig
+from bigbigan.data.dataset import ImageDataset
+from bigbigan.data.decoding import GREY
+from bigbigan.data.folders import open_folder
+from bigbigan.data.opening import described, open_dataset
+from bigbigan.data.paths import holds_rows
+from bigbigan.images import FORMATS, list_images, read_image, to_uint8
+from bigbigan.model import BigBiGAN
 
 logger = logging.getLogger(__name__)
 
@@ -61,33 +67,29 @@ def dataset_images(
 
 def pooled(images: Tensor, side: int) -> Tensor:
     """uint8 [N, C, S, S] mean-pooled to `side`, as the discriminator and reports of reconstructions pool originals."""
-    import torch
-    from torch.nn.functional import adaptive_avg_pool2d
-
     if images.shape[-1] == side:
         return images
     return torch.cat([adaptive_avg_pool2d(chunk.float(), side).round().byte() for chunk in images.split(256)])
 
 
-def generated_images(model: BigBiGAN, arguments: argparse.Namespace, count: int) -> ImageSet:
+def generated_images(
+    model: BigBiGAN,
+    count: int,
+    *,
+    seed: int = 0,
+    truncation: float | None = None,
+    truncation_mode: str = "resample",
+    batch_size: int = BATCH,
+) -> ImageSet:
     """Samples of our model, rounded to uint8 as in a picture; the i-th depends on the seed and i alone."""
-    import torch
-
-    from bigbigan.images import to_uint8
-
     config = model.part("generator").config
 
     def batches() -> Iterator[Tensor]:
-        size = arguments.batch_size
-        for start in range(0, count, size):
-            z = model.sample_latents(
-                min(size, count - start),
-                seed=arguments.seed,
-                start=start,
-                truncation=arguments.truncation,
-                truncation_mode=arguments.truncation_mode,
-            )
-            yield torch.from_numpy(to_uint8(model.generate(z, batch_size=size))).permute(0, 3, 1, 2)
+        for start in range(0, count, batch_size):
+            number = min(batch_size, count - start)
+            options: dict[str, Any] = {"truncation": truncation, "truncation_mode": truncation_mode}
+            z = model.sample_latents(number, seed=seed, start=start, **options)
+            yield torch.from_numpy(to_uint8(model.generate(z, batch_size=batch_size))).permute(0, 3, 1, 2)
 
     return ImageSet(count, config.image_channels, config.resolution, batches)
 
@@ -100,10 +102,6 @@ def given_images(path: str, number: int | None = None, seed: int = 0) -> ImageSe
     Raises:
         ValueError: another kind of file or array, fewer than `number` images, or an image of another size.
     """
-    import torch
-
-    from bigbigan.arrays import seeded
-
     read = _array(Path(path)) if Path(path).suffix.lower() in ARRAYS else _files(path)
     if number is not None and number > read.count:
         raise ValueError(f"{path} holds {read.count} images, and {number} are asked for; lower --number")
@@ -127,8 +125,6 @@ class _Stored:
 
 
 def _array(path: Path) -> _Stored:
-    import numpy as np
-
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while chunk := file.read(1 << 20):
@@ -156,15 +152,6 @@ def _array(path: Path) -> _Stored:
 
 
 def _files(path: str) -> _Stored:
-    from PIL import Image
-
-    from bigbigan.config import PreprocessConfig
-    from bigbigan.data.decoding import GREY
-    from bigbigan.data.folders import open_folder
-    from bigbigan.data.opening import described, open_dataset
-    from bigbigan.data.paths import holds_rows
-    from bigbigan.images import FORMATS, list_images, read_image
-
     folder = Path(path)
     if folder.is_dir() and not holds_rows(folder):  # whole: "train" is a class like any other here
         dataset = open_folder(folder, list_images(folder), 0)
@@ -199,8 +186,6 @@ def _files(path: str) -> _Stored:
 
 def picture_files(path: str | None) -> list[Path]:
     """The files that a path of images stands for: itself, or the pictures in a folder."""
-    from bigbigan.images import list_images
-
     if path is None or not Path(path).exists():
         return []
     if not Path(path).is_dir():
@@ -217,11 +202,6 @@ def named_images(folder: Path, names: list[str]) -> Tensor:
     Raises:
         ValueError: one is missing or there twice, or not a square of the first one's size.
     """
-    import numpy as np
-    import torch
-
-    from bigbigan.images import list_images, read_image
-
     found: dict[str, Path] = {}
     for path in list_images(folder):
         name = path.relative_to(folder).with_suffix("").as_posix()

@@ -1,4 +1,4 @@
-"""Random draws of training, addressed by step so that a resumed run repeats them."""
+"""Random draws of latents, addressed by step so that a resumed run repeats them."""
 
 from __future__ import annotations
 
