@@ -11,8 +11,6 @@ import numpy as np
 import pytest
 import torch
 from tfhub_builder import forms, variants
-from tfhub_builder.payloads import splice
-from tfhub_builder.registry import edit
 
 import bigbigan
 from bigbigan.cli import main
@@ -20,8 +18,10 @@ from bigbigan.generator import resize_matrix
 from weights_conversion import convert as conversion
 from weights_conversion.errors import ConversionError
 
-tf = pytest.importorskip("tensorflow")
+tf = pytest.importorskip("tensorflow", reason="pip install -e '.[convert]'")
 module = pytest.importorskip("tfhub_builder.module")
+splice = pytest.importorskip("tfhub_builder.payloads").splice
+edit = pytest.importorskip("tfhub_builder.registry").edit
 HANDFUL = ("noise_broadcast", "loop_and_layer_norm", "bfloat16_and_clipped", "partitioned_and_print", "late_strides")
 OTHERS = [name for name in forms.FORMS if name not in HANDFUL]
 

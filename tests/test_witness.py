@@ -45,7 +45,7 @@ def tensor(array: np.ndarray) -> torch.Tensor:
 )
 @pytest.mark.parametrize("spelling", GRAPHS)
 def test_modules_of_the_old_exporter(spelling: str, tmp_path: Path) -> None:
-    pytest.importorskip("tensorflow")
+    pytest.importorskip("tensorflow", reason="pip install -e '.[convert]'")
     from weights_conversion.convert import convert
 
     command = [os.environ["BIGBIGAN_PYTHON37"], str(SCRIPT), str(tmp_path), spelling]
