@@ -166,6 +166,6 @@ def test_plots_draw_foreign_texts_as_they_are(tmp_path: Path) -> None:
             for name in ("a", "b")
         }
         assert draw_group(group_records(records)[0], tmp_path / f"{number}.png")
-        bars = {**record("knn"), "results": [{"representation": f"{text} {i}", f"{text} s": 0.1} for i in (1, 2)]}
+        bars = {**record("mine"), "results": [{"representation": f"{text} {i}", f"{text} s": 0.1} for i in (1, 2)]}
         assert draw_group(group_records({"a": bars})[0], tmp_path / f"bars-{number}.png")
     draw_runs({text: [{"num_images": 1, "loss_d": 1.0}] for text in ("$x^{", "_y")}, tmp_path / "runs.png")
